@@ -1,0 +1,266 @@
+"""Every setting of a run, typed, with its meaning and unit. Imports no torch.
+
+One field is one flag and one YAML key: `num_layers` is `--num-layers`. Names follow Megatron-LM and
+megatron-core where those have the concept, the PonderLM-2 paper otherwise. The string under a field
+is its help text. `None` always means "derived"; `config.resolve` fills such fields in, so that code
+behind it never meets a `None` that it has to interpret. Checks across fields live in
+`config.resolve` too.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the transformer. A preset (--preset) fills these in; a flag beats it."""
+
+    architecture: Literal["llama", "gpt_neox", "gpt2"] = "llama"
+    """Family of the model: decides the weight names on export, and nothing else."""
+    num_layers: int = 12
+    """Number of transformer layers."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width inside the MLP. None: 4 x hidden_size."""
+    num_attention_heads: int = 12
+    """Number of attention (query) heads."""
+    num_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention). None: num_attention_heads."""
+    kv_channels: int | None = None
+    """Width of a head. None: hidden_size / num_attention_heads."""
+    max_position_embeddings: int | None = None
+    """Longest sequence in tokens; the size of the table of learned positions. None: seq_length."""
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    """Rotary positions, or one learned vector per token position (GPT-2)."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated (Pythia: 0.25)."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Kind of every norm."""
+    norm_epsilon: float = 1e-5
+    """Epsilon inside every norm."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    """MLP activation: gated SiLU (Llama), exact GELU (GPT-NeoX) or its tanh form (GPT-2)."""
+    add_bias_linear: bool = False
+    """Biases in every linear layer of the transformer block."""
+    parallel_residual: bool = False
+    """Attention and MLP both read the block's input: x + attn(norm1(x)) + mlp(norm2(x))."""
+    untie_embeddings_and_output_weights: bool = True
+    """Separate weights for the input embedding and the output layer."""
+    hidden_dropout: float = 0.0
+    """Dropout probability on embeddings and block outputs."""
+    attention_dropout: float = 0.0
+    """Dropout probability on attention weights."""
+    vocab_size: int | None = None
+    """Rows of the vocabulary before padding. None: the tokenizer's."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this. Padded rows never take part in the loss."""
+    init_method: Literal["normal", "small"] | None = None
+    """normal: N(0, init_method_std). small: truncated normal, std sqrt(2/(5 h)), with the output
+    projections divided by the square root of the depth. None: the method's own (vanilla: normal)."""
+    init_method_std: float = 0.02
+    """Standard deviation of init_method=normal."""
+    small_init_depth_counts_thoughts: bool = False
+    """Depth in the small initialisation is 2 x layers x (K+1), not 2 x layers (the reference does
+    so for GPT-NeoX only)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What is computed for each token. docs/methods.md explains the methods."""
+
+    method: str = "ponderlm2"
+    """Training method: ponderlm2, vanilla, or the dotted name of a module that defines one."""
+    num_latent_thoughts: int = 1
+    """K: latent thoughts emitted before each token. 0: a plain language model."""
+    num_jacobi_iterations: int = 3
+    """R: rounds that refine all thoughts in parallel (evaluation; training unless random)."""
+    random_jacobi_iterations: bool = False
+    """Draw R anew for every training iteration, uniformly from the range below. A pure function of
+    seed and iteration: the same on every rank and in every replay."""
+    min_jacobi_iterations: int = 2
+    """Smallest R that is drawn."""
+    max_jacobi_iterations: int = 3
+    """Largest R that is drawn (the reference: 3 for Llama, 4 for GPT-NeoX)."""
+    scale_embeds: bool = True
+    """Multiply token embeddings by sqrt(2.5 x hidden_size); thoughts and head are not scaled.
+    vanilla ignores it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks. Data parallelism takes what is left."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's weights."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers. Only 1 in this version."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence. Only 1 in this version."""
+    sequence_parallel: bool = False
+    """Shard norms, dropout and residuals along the sequence over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state (and the fp32 copy of bf16 weights) over the data-parallel ranks."""
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication library. auto: nccl on CUDA, gloo otherwise."""
+    distributed_timeout_minutes: int = 10
+    """A collective that takes longer ends the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from: indexed datasets written by tools/preprocess_data.py."""
+
+    data_path: tuple[str, ...] = ()
+    """Dataset prefixes, or weight prefix weight prefix ...; cut into train, valid and test by
+    --split."""
+    split: str = "969,30,1"
+    """Shares of train, valid and test in --data-path."""
+    train_data_path: tuple[str, ...] = ()
+    """Like --data-path, for training only; then --split is not used."""
+    valid_data_path: tuple[str, ...] = ()
+    """Like --data-path, for validation only."""
+    test_data_path: tuple[str, ...] = ()
+    """Like --data-path, for the test after training only."""
+    data_cache_path: str | None = None
+    """Folder for the sample and shuffle indexes. None: a folder 'cache' beside the first dataset."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = (
+        "SentencePieceTokenizer"
+    )
+    """Kind of --tokenizer-model: a SentencePiece .model file, a tokenizers JSON file (or the folder
+    that holds one), or none (ids only; needs --vocab-size, whose last id ends documents)."""
+    tokenizer_model: str | None = None
+    """Path of the tokenizer."""
+    seq_length: int = 2048
+    """Tokens per training sequence (slots are K+1 times as many)."""
+    num_workers: int = 2
+    """Processes that load data on each rank. 0: in the training process."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch and precision of the run."""
+
+    train_iters: int = 1000
+    """Number of training iterations (optimizer steps)."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass on each data-parallel rank."""
+    global_batch_size: int | None = None
+    """Sequences per iteration over all ranks. None: micro_batch_size x data-parallel size."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights and gradients. Default: fp32."""
+    seed: int = 1234
+    """Seed of the weights, the data order, dropout and the random R."""
+    eval_interval: int = 1000
+    """Iterations between evaluations on the validation data. 0: never."""
+    eval_iters: int = 10
+    """Batches (of global_batch_size) per evaluation. 0: never."""
+    exit_interval: int | None = None
+    """Save a checkpoint and stop after the iteration that is a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save a checkpoint and stop after this many minutes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float | None = None
+    """Learning rate at the end of the decay. None: lr / 10."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_decay_iters: int | None = None
+    """Iterations until min_lr is reached. None: train_iters."""
+    lr_warmup_iters: int | None = None
+    """Iterations of linear warm-up. None: lr_warmup_fraction of lr_decay_iters."""
+    lr_warmup_fraction: float = 0.01
+    """Share of lr_decay_iters spent on the warm-up, where lr_warmup_iters is not given."""
+    lr_wsd_decay_iters: int | None = None
+    """WSD: iterations of the final decay. None: a tenth of lr_decay_iters."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of every weight but biases and norms."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's mean of gradients."""
+    adam_beta2: float = 0.95
+    """Decay of Adam's mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down to it. 0: no clipping."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving, and going on from what was saved."""
+
+    save: str | None = None
+    """Folder for checkpoints and metrics.jsonl. None: nothing is saved."""
+    load: str | None = None
+    """Checkpoint folder to go on from. A folder without a checkpoint is an error unless it is also
+    --save, where it means a fresh start."""
+    save_interval: int | None = None
+    """Iterations between checkpoints. None: only at the end."""
+    ckpt_step: int | None = None
+    """Load this iteration instead of the latest."""
+    keep_checkpoints: int | None = None
+    """Keep only the newest n checkpoints. None: all."""
+    finetune: bool = False
+    """Load the weights only: iteration, optimizer, schedule, RNG and data position start afresh."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is reported, and where."""
+
+    log_interval: int = 10
+    """Iterations between log lines and lines of metrics.jsonl."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard event files."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs `pip install wandb`."""
+    wandb_exp_name: str | None = None
+    """Name of the run in Weights & Biases."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+    def to_flat_dict(self) -> dict[str, Any]:
+        """Every setting under its flag's name (with underscores), as stored in checkpoints."""
+        groups = (getattr(self, group.name) for group in dataclasses.fields(self))
+        return {
+            field.name: getattr(group, field.name)
+            for group in groups
+            for field in dataclasses.fields(group)
+        }
+
+    def replaced(self, **changes: Any) -> "RunConfig":
+        """A copy with some settings changed, named flat: `config.replaced(num_layers=4)`.
+
+        Raises:
+            KeyError: a name that is no setting.
+        """
+        pending = dict(changes)
+        groups = {}
+        for group_field in dataclasses.fields(self):
+            group = getattr(self, group_field.name)
+            names = {field.name for field in dataclasses.fields(group)}
+            mine = {name: pending.pop(name) for name in names & pending.keys()}
+            groups[group_field.name] = dataclasses.replace(group, **mine)
+        if pending:
+            raise KeyError(f"not a setting: {', '.join(sorted(pending))}")
+        return RunConfig(**groups)
