@@ -1,0 +1,103 @@
+"""What a training method is: four answers about a forward, none of which needs communication.
+
+A method says which passes there are (`plan`), how a pass's input is made from the token embeddings
+and what the previous pass handed on (`build_input`), what a pass hands on (`build_carry`), and how
+token embeddings are scaled (`embedding_scale`). Under pipeline parallelism `build_input` runs on
+the first stage and `build_carry` on the last, so a method keeps no state between them: whatever
+`build_input` needs must be in the token embeddings or in the carry. What the loss reads is in the
+plan.
+
+One file in `ponder/methods/` is one method; `load_method` finds it by name.
+"""
+
+import abc
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from megatron_ponder.config.schema import MethodConfig
+from megatron_ponder.errors import ConfigError
+from megatron_ponder.ponder.plan import Pass, PassPlan
+
+METHODS_PACKAGE = "megatron_ponder.ponder.methods"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """A training method with its settings. Frozen and without tensors."""
+
+    default_init_method: ClassVar[Literal["normal", "small"]] = "small"
+    """Initialisation of a model trained with this method, unless the run says otherwise."""
+
+    config: MethodConfig
+
+    @abc.abstractmethod
+    def plan(self, num_jacobi_iterations: int) -> PassPlan:
+        """The passes of one forward with R = `num_jacobi_iterations` >= 0."""
+
+    @abc.abstractmethod
+    def embedding_scale(self, hidden_size: int) -> float | None:
+        """Factor on token embeddings before it is rounded to their dtype; None: not scaled."""
+
+    @abc.abstractmethod
+    def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
+        """The input of a pass, without learned positions.
+
+        Args:
+            pass_: the pass that is about to run.
+            token_embeddings: scaled, [s, b, h] (a local shard under sequence parallelism).
+            carry: what the previous pass handed on, [s * m, b, h]; None before the first.
+
+        Returns:
+            [s * pass_.num_stages, b, h].
+        """
+
+    def build_carry(self, pass_: Pass, read: Tensor) -> Tensor:
+        """What this pass hands on to the next.
+
+        Args:
+            pass_: the pass that has just run.
+            read: its output at `pass_.read_stages`, normed if `pass_.final_norm`:
+                [s * pass_.num_read_stages, b, h].
+
+        Returns:
+            The carry; `read` itself unless a method overrides this.
+        """
+        return read
+
+
+def load_method(config: MethodConfig) -> Method:
+    """The method named by `config.method`: a module in `ponder/methods`, or a dotted module name.
+
+    The module defines exactly one `Method` subclass of its own.
+
+    Raises:
+        ConfigError: no such method, or settings that the method refuses.
+    """
+    name = config.method
+    module_name = name if "." in name else f"{METHODS_PACKAGE}.{name}"
+    package = importlib.import_module(METHODS_PACKAGE)
+    available = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module exists and fails on an import of its own
+        raise ConfigError(
+            f"--method {name}: no such method. Known: {', '.join(available)}; or give the dotted "
+            "name of an importable module that defines one."
+        ) from None
+    classes = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise ConfigError(
+            f"--method {name}: module {module_name} defines {len(classes)} subclasses of Method, "
+            "exactly one is needed."
+        )
+    return classes[0](config=config)

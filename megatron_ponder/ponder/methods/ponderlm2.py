@@ -1,0 +1,47 @@
+"""ponderlm2: K latent thoughts before each token, trained in parallel by Jacobi iterations.
+
+PonderLM-2 (arXiv 2509.23184). Stage 0 holds the tokens, stage j = 1..K the j-th thought, which is
+the final-normed hidden state at stage j-1 of the same token, fed back as it is. K growth passes
+create the stages one by one, R Jacobi passes refresh all of them at once, and the loss pass reads
+the next token at stage K:
+
+    pass i < K:        i+1 stages in;  z_{j+1} <- hidden_j for j = 0..i
+    pass K..K+R-1:     K+1 stages in;  z_{j+1} <- hidden_j for j = 0..K-1, simultaneously
+    pass K+R:          K+1 stages in;  logits from hidden_K
+
+Linear work in vanilla forwards: K(K+1)/2 + (K+1)(R+1).
+"""
+
+import math
+
+from torch import Tensor
+
+from megatron_ponder.ponder.interleave import interleave
+from megatron_ponder.ponder.method import Method
+from megatron_ponder.ponder.plan import Pass, PassPlan
+
+
+class PonderLM2(Method):
+    """Latent thoughts as extra slots of the sequence; adds no parameters."""
+
+    def plan(self, num_jacobi_iterations: int) -> PassPlan:
+        """K growth passes, R Jacobi passes, the loss pass; with K = 0 only the last, whatever R."""
+        k = self.config.num_latent_thoughts
+        r = num_jacobi_iterations if k > 0 else 0
+        growth = [(i + 1, range(i + 1)) for i in range(k)]
+        jacobi = [(k + 1, range(k))] * r
+        loss = [(k + 1, range(k, k + 1))]
+        return PassPlan(
+            passes=tuple(
+                Pass(index=index, num_stages=num_stages, read_stages=read_stages)
+                for index, (num_stages, read_stages) in enumerate(growth + jacobi + loss)
+            )
+        )
+
+    def embedding_scale(self, hidden_size: int) -> float | None:
+        """sqrt(2.5 h), so that embeddings under small initialisation have unit variance."""
+        return math.sqrt(2.5 * hidden_size) if self.config.scale_embeds else None
+
+    def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
+        """Each token's embedding, then the thoughts handed on by the previous pass."""
+        return interleave(token_embeddings, carry)

@@ -1,0 +1,26 @@
+"""vanilla: a plain language model. One pass, unscaled embeddings, standard initialisation."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from megatron_ponder.ponder.method import Method
+from megatron_ponder.ponder.plan import Pass, PassPlan
+
+
+class Vanilla(Method):
+    """The baseline: K, R and `scale_embeds` are ignored."""
+
+    default_init_method: ClassVar[Literal["normal", "small"]] = "normal"
+
+    def plan(self, num_jacobi_iterations: int) -> PassPlan:
+        """One pass over the tokens."""
+        return PassPlan(passes=(Pass(index=0, num_stages=1, read_stages=range(1)),))
+
+    def embedding_scale(self, hidden_size: int) -> float | None:
+        """Embeddings are used as they are."""
+        return None
+
+    def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
+        """The token embeddings."""
+        return token_embeddings

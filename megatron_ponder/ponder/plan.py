@@ -1,0 +1,67 @@
+"""The pass plan: which runs through the layers make up one forward, as plain data.
+
+A plan is a pure function of (method, K, R). Everything that has to agree about a forward reads it:
+the model that runs it, the pipeline that sends tensors of known shapes between its passes, the FLOP
+and memory accounting. It holds no tensors and knows no architecture.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One run through all layers.
+
+    The input has `num_stages` slots per token, interleaved: slot t * num_stages + j is stage j of
+    token t. `read_stages` are the stages whose outputs anybody reads: the carry of a pass that is
+    followed by another, the logits of the last one. Work for other slots of the last layer's output
+    is wasted and may be skipped.
+    """
+
+    index: int
+    """Position in the plan, from 0."""
+    num_stages: int
+    """Slots per token in this pass's input."""
+    read_stages: range
+    """Stages whose output hidden states are read afterwards."""
+    final_norm: bool = True
+    """Whether the final norm is applied to what is read."""
+    add_positions: bool = True
+    """Whether learned positions are added to this pass's input (rotary ones always apply)."""
+
+    @property
+    def num_read_stages(self) -> int:
+        """Slots per token that this pass hands on."""
+        return len(self.read_stages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassPlan:
+    """All passes of one forward, in order. The loss reads the output of the last."""
+
+    passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        """Check what every reader of a plan relies on."""
+        assert self.passes, "a plan has at least one pass"
+        assert [p.index for p in self.passes] == list(range(len(self.passes)))
+        for p in self.passes:
+            assert len(p.read_stages) > 0 and p.read_stages.step == 1
+            assert p.read_stages[-1] < p.num_stages, f"{p} reads a stage that it does not have"
+
+    @property
+    def max_stages(self) -> int:
+        """Slots per token in the longest pass."""
+        return max(p.num_stages for p in self.passes)
+
+    @property
+    def num_slot_passes(self) -> int:
+        """Sum of slots per token over passes: linear-layer work in units of a vanilla forward.
+
+        For ponderlm2 it is K(K+1)/2 + (K+1)(R+1).
+        """
+        return sum(p.num_stages for p in self.passes)
+
+    def is_last(self, pass_: Pass) -> bool:
+        """Whether the loss reads this pass."""
+        return pass_.index == len(self.passes) - 1
