@@ -1,0 +1,131 @@
+"""Process groups and ranks: the one place that starts and asks megatron-core's `parallel_state`.
+
+Works under torchrun, and without it as a single process. Everything above asks the functions here;
+only `parallel/` also uses `parallel_state` directly.
+"""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_ponder.config.schema import ParallelConfig
+from megatron_ponder.errors import BackendError
+from megatron_ponder.runtime import mcore_cpu
+from megatron_ponder.runtime.device import device
+
+
+def world_size_from_environment() -> int:
+    """Number of ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process reports for all; true before and without torch.distributed."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def initialize(config: ParallelConfig, seed: int) -> None:
+    """Start torch.distributed and megatron-core's groups, and seed the random generators.
+
+    Args:
+        config: resolved layout; its product must divide the number of ranks.
+        seed: dropout's; every tensor-parallel rank gets a stream of its own where masks must
+            differ, and the same one where they must agree.
+
+    Raises:
+        BackendError: nccl without CUDA.
+    """
+    mcore_cpu.apply()
+    backend = _choose_backend(config.distributed_backend)
+    if backend == "nccl":
+        torch.cuda.set_device(device())
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
+
+
+def shutdown() -> None:
+    """End the process groups; nothing if none were started."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def running(config: ParallelConfig, seed: int) -> Iterator[None]:
+    """`initialize` on entry, `shutdown` on exit."""
+    initialize(config, seed)
+    try:
+        yield
+    finally:
+        shutdown()
+
+
+def process_groups() -> ProcessGroupCollection:
+    """The groups that megatron-core's modules take."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where this process stands in the layout."""
+
+    rank: int
+    world_size: int
+    tensor_parallel_rank: int
+    tensor_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+
+def ranks() -> Ranks:
+    """This process's coordinates; needs `initialize`."""
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share each layer's weights."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """Ranks that hold the same weights and different samples (context-parallel ranks included)."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _choose_backend(wanted: str) -> str:
+    """Resolve 'auto' and refuse what cannot work."""
+    if wanted == "auto":
+        return "nccl" if torch.cuda.is_available() else "gloo"
+    if wanted == "nccl" and not torch.cuda.is_available():
+        raise BackendError(
+            "--distributed-backend nccl needs CUDA, which this machine does not have. "
+            "Use auto or gloo."
+        )
+    return wanted
