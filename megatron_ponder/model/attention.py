@@ -1,0 +1,80 @@
+"""Core attention on torch's scaled_dot_product_attention: causal over the interleaved slots.
+
+megatron-core's own unfused core attention materialises the score matrix and draws dropout from the
+CUDA generator. This one runs on every device and lets torch choose the kernel. It knows nothing of
+stages or thoughts: the interleaved sequence is plain causal.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SdpaCoreAttention(torch.nn.Module):
+    """softmax(Q K^T / sqrt(d), causal) V, with grouped key/value heads.
+
+    Built and called by megatron-core's SelfAttention with the arguments of its DotProductAttention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1, "each rank must hold the whole sequence"
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, heads, d], this rank's heads.
+            key: [s, b, groups, d], groups dividing heads.
+            value: [s, b, groups, d].
+            attention_mask: None; causality is built in.
+            attn_mask_type: causal.
+            attention_bias: None.
+            packed_seq_params: None; one sequence per row.
+
+        Returns:
+            [s, b, heads * d].
+        """
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        s, b, heads, d = query.shape
+        # [s, b, heads, d] -> [b, heads, s, d], a view
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        kwargs = {"is_causal": True, "scale": self.softmax_scale, "enable_gqa": key.size(1) < heads}
+        if self.training and self.dropout > 0:
+            # Each tensor-parallel rank holds other heads and needs other masks.
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                context = F.scaled_dot_product_attention(
+                    query, key, value, dropout_p=self.dropout, **kwargs
+                )
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, **kwargs)
+        # [b, heads, s, d] -> [s, b, heads * d]
+        return context.permute(2, 0, 1, 3).reshape(s, b, heads * d)

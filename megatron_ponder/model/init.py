@@ -1,0 +1,86 @@
+"""Initial weights, drawn by parameter name.
+
+The numbers of a parameter depend on the seed and its name only: each rank draws the whole tensor and
+keeps its shard, so that every layout starts from the same weights. Two schemes:
+
+normal: N(0, init_method_std) for linear layers, embeddings and learned positions.
+small:  the same parameters from a normal truncated at 3 sigma, sigma = sqrt(2 / (5 h)); the two
+        projections that write to the residual stream divided by sqrt(2 x layers), or by
+        sqrt(2 x layers x (K+1)) with `small_init_depth_counts_thoughts`.
+
+Norm weights are 1 and biases 0 in both.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
+
+RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialize_weights(model: PonderGPTModel, config: RunConfig) -> None:
+    """Draw all weights of `model` (this rank's shards) in place."""
+    scheme = config.model.init_method or model.method.default_init_method
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif "norm" in name.rsplit(".", 2)[-2]:
+            parameter.fill_(1.0)
+        else:
+            name = _with_global_layer_number(name, model)
+            _draw(parameter, name, scheme, config, model.pg_collection.tp)
+
+
+def _draw(
+    parameter: Tensor, name: str, scheme: str, config: RunConfig, tp_group: ProcessGroup
+) -> None:
+    """Fill a weight with this rank's part of the tensor that seed and name determine."""
+    is_sharded = getattr(parameter, "tensor_model_parallel", False)
+    shape = list(parameter.shape)
+    if is_sharded:
+        shape[parameter.partition_dim] *= tp_group.size()
+    digest = hashlib.blake2b(f"{config.training.seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    whole = torch.empty(shape, dtype=torch.float32)
+    if scheme == "normal":
+        whole.normal_(0.0, config.model.init_method_std, generator=generator)
+    else:
+        std = _small_init_std(name, config)
+        torch.nn.init.trunc_normal_(whole, 0.0, std, -3 * std, 3 * std, generator=generator)
+    if is_sharded:
+        whole = _shard(whole, parameter, tp_group)
+    parameter.copy_(whole)
+
+
+def _small_init_std(name: str, config: RunConfig) -> float:
+    """Sigma of the small initialisation for one weight."""
+    std = math.sqrt(2 / (5 * config.model.hidden_size))
+    if not name.endswith(RESIDUAL_PROJECTIONS):
+        return std
+    num_stages = config.method.num_latent_thoughts + 1
+    depth = 2 * config.model.num_layers
+    if config.model.small_init_depth_counts_thoughts:
+        depth *= num_stages
+    return std / math.sqrt(depth)
+
+
+def _shard(whole: Tensor, parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
+    """This rank's rows or columns; a stride of 2 means gate and up projections sharded apart."""
+    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
+    chunks = whole.chunk(tp_group.size() * stride, dim=dim)
+    return torch.cat(chunks[tp_group.rank() :: tp_group.size()], dim=dim)
+
+
+def _with_global_layer_number(name: str, model: PonderGPTModel) -> str:
+    """The name with the layer's number in the whole model instead of in this pipeline stage."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)

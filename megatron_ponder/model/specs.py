@@ -1,0 +1,44 @@
+"""Which modules a layer is made of. The one place of this package that looks at the architecture."""
+
+import dataclasses
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.model.attention import SdpaCoreAttention
+from megatron_ponder.model.layer import ParallelResidualLayer, get_bias_dropout_add
+from megatron_ponder.model.norm import Norm
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
+    """megatron-core's local layer with our core attention, norms and residual add.
+
+    Starts from megatron-core's own spec, so that what it changes between versions (how `mlp` is
+    described, for one) stays its own business. Checkpoint keys of the norms are mapped to those of
+    the fused TransformerEngine layers, which makes checkpoints of both interchangeable.
+    """
+    local = get_gpt_layer_local_spec(normalization=model.normalization).submodules
+    attention = local.self_attention
+    return ModuleSpec(
+        module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
+        submodules=dataclasses.replace(
+            local,
+            input_layernorm=Norm,
+            pre_mlp_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=attention.module,
+                params=attention.params,
+                submodules=dataclasses.replace(
+                    attention.submodules, core_attention=SdpaCoreAttention
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )

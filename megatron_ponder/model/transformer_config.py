@@ -1,0 +1,56 @@
+"""Our settings in megatron-core's terms."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ponder.config.schema import RunConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def build_transformer_config(config: RunConfig) -> TransformerConfig:
+    """The TransformerConfig of a resolved run."""
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=ACTIVATIONS[model.activation],
+        add_bias_linear=model.add_bias_linear,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        bf16=config.training.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Gradients are summed over tokens and divided once by their number in the whole batch.
+        calculate_per_token_loss=True,
+        # Weights are drawn by parameter name in model.init. megatron-core's initialisation has to
+        # run all the same, because it also marks which parameters are sharded and along what.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
+    )
+
+
+def _leave_unset(weight: Tensor) -> None:
+    """An initialisation that does nothing."""
