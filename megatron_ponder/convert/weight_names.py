@@ -1,0 +1,227 @@
+"""Weights under Hugging Face names and under ours: one table per architecture, read both ways.
+
+A rule says which stock Hugging Face tensors make up one of our parameters and how. Tensors are whole
+(tensor-parallel size 1) and unpadded on the Hugging Face side. Nothing here reads or writes files,
+and nothing depends on the training method: thoughts add no parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_ponder.config.resolve import padded_vocab_size
+from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.errors import ConversionError
+
+Join = Callable[[list[Tensor], ModelConfig], Tensor]
+Split = Callable[[Tensor, ModelConfig], list[Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`ours` is `join` of `theirs`; `theirs` is `split` of `ours`. `{i}` stands for the layer."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Join
+    split: Split
+
+
+def to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict from stock Hugging Face tensors.
+
+    Args:
+        state: tensors by Hugging Face name; for tied embeddings the head may be repeated.
+        model: the resolved shape.
+
+    Raises:
+        ConversionError: a tensor is missing, superfluous or has another shape than the rule needs.
+    """
+    result = {}
+    unused = set(state) - set(REPEATED_TENSORS[model.architecture])
+    for rule in _rules_of(model):
+        missing = [name for name in rule.theirs if name not in state]
+        if missing:
+            raise ConversionError(
+                f"The checkpoint lacks {', '.join(missing)}, needed for {rule.ours}. Is it really a "
+                f"{model.architecture} model with {model.num_layers} layers?"
+            )
+        result[rule.ours] = rule.join([state[name] for name in rule.theirs], model)
+        unused -= set(rule.theirs)
+    if unused:
+        raise ConversionError(
+            f"The checkpoint has tensors that a {model.architecture} model of this shape does not: "
+            f"{', '.join(sorted(unused)[:5])}."
+        )
+    return result
+
+
+def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Stock Hugging Face tensors from our state dict (whole tensors); the inverse of `to_megatron`.
+
+    A tied head is not repeated.
+    """
+    result = {}
+    for rule in _rules_of(model):
+        result.update(zip(rule.theirs, rule.split(state[rule.ours], model), strict=True))
+    return result
+
+
+def _rules_of(model: ModelConfig) -> list[Rule]:
+    """The rules of a model with layer numbers filled in, without a head if it is tied."""
+    rules = []
+    for rule in RULES[model.architecture]:
+        if rule.ours == "output_layer.weight" and not model.untie_embeddings_and_output_weights:
+            continue
+        numbers = range(model.num_layers) if "{i}" in rule.ours else (0,)
+        for i in numbers:
+            names = tuple(name.format(i=i) for name in rule.theirs)
+            rules.append(dataclasses.replace(rule, ours=rule.ours.format(i=i), theirs=names))
+    return rules
+
+
+def _pad_vocab(parts: list[Tensor], model: ModelConfig) -> Tensor:
+    """[vocab, h] -> [padded vocab, h]; padded rows are zero."""
+    (weight,) = parts
+    if weight.size(0) != model.vocab_size:
+        raise ConversionError(
+            f"The checkpoint's vocabulary has {weight.size(0)} rows, the model's {model.vocab_size}."
+        )
+    padding = padded_vocab_size(model) - weight.size(0)
+    return torch.cat((weight, weight.new_zeros(padding, weight.size(1))))
+
+
+def _strip_vocab(weight: Tensor, model: ModelConfig) -> list[Tensor]:
+    """[padded vocab, h] -> [vocab, h]."""
+    return [weight[: model.vocab_size].contiguous()]
+
+
+def _join_qkv(parts: list[Tensor], model: ModelConfig) -> Tensor:
+    """Q [heads * d, ...], K and V [groups * d, ...] -> [groups * (heads / groups + 2) * d, ...].
+
+    megatron-core keeps each group's queries, key and value together, so that a contiguous shard of
+    rows is a set of whole groups.
+    """
+    groups = model.num_query_groups
+    rest = parts[0].shape[1:]
+    by_group = [part.reshape(groups, -1, model.kv_channels, *rest) for part in parts]
+    return torch.cat(by_group, dim=1).reshape(-1, *rest)
+
+
+def _split_qkv(weight: Tensor, model: ModelConfig) -> list[Tensor]:
+    """The inverse of `_join_qkv`."""
+    groups, rest = model.num_query_groups, weight.shape[1:]
+    by_group = weight.reshape(groups, -1, model.kv_channels, *rest)
+    queries = by_group.size(1) - 2
+    return [
+        part.reshape(-1, *rest).contiguous() for part in by_group.split((queries, 1, 1), dim=1)
+    ]
+
+
+def _same(ours: str, theirs: str) -> Rule:
+    return Rule(ours, (theirs,), lambda parts, _: parts[0], lambda weight, _: [weight])
+
+
+def _transposed(ours: str, theirs: str) -> Rule:
+    """GPT-2 stores linear weights as [in, out]."""
+    return Rule(
+        ours, (theirs,), lambda parts, _: parts[0].t().contiguous(),
+        lambda weight, _: [weight.t().contiguous()],
+    )  # fmt: skip
+
+
+def _both(ours: str, theirs: str, rule: Callable[[str, str], Rule] = _same) -> list[Rule]:
+    """Weight and bias; a bias is never transposed."""
+    return [rule(f"{ours}.weight", f"{theirs}.weight"), _same(f"{ours}.bias", f"{theirs}.bias")]
+
+
+def _vocabulary(ours: str, theirs: str) -> Rule:
+    return Rule(ours, (theirs,), _pad_vocab, _strip_vocab)
+
+
+def _fused_conv_qkv(ours: str, theirs: str) -> list[Rule]:
+    """GPT-2's c_attn: [h, 3h] with Q, K, V side by side."""
+
+    def join(parts: list[Tensor], model: ModelConfig) -> Tensor:
+        return _join_qkv(list(parts[0].t().chunk(3)), model)
+
+    def split(weight: Tensor, model: ModelConfig) -> list[Tensor]:
+        return [torch.cat(_split_qkv(weight, model)).t().contiguous()]
+
+    return [
+        Rule(f"{ours}.weight", (f"{theirs}.weight",), join, split),
+        Rule(f"{ours}.bias", (f"{theirs}.bias",), join, split),
+    ]
+
+
+_OUR_LAYER = "decoder.layers.{i}"
+_LLAMA_LAYER = "model.layers.{i}"
+_NEOX_LAYER = "gpt_neox.layers.{i}"
+_GPT2_LAYER = "transformer.h.{i}"
+
+RULES: dict[str, list[Rule]] = {
+    "llama": [
+        _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        _same(f"{_OUR_LAYER}.input_layernorm.weight", f"{_LLAMA_LAYER}.input_layernorm.weight"),
+        Rule(
+            f"{_OUR_LAYER}.self_attention.linear_qkv.weight",
+            tuple(f"{_LLAMA_LAYER}.self_attn.{p}_proj.weight" for p in "qkv"),
+            _join_qkv,
+            _split_qkv,
+        ),
+        _same(
+            f"{_OUR_LAYER}.self_attention.linear_proj.weight",
+            f"{_LLAMA_LAYER}.self_attn.o_proj.weight",
+        ),
+        _same(
+            f"{_OUR_LAYER}.pre_mlp_layernorm.weight",
+            f"{_LLAMA_LAYER}.post_attention_layernorm.weight",
+        ),
+        Rule(
+            f"{_OUR_LAYER}.mlp.linear_fc1.weight",
+            (f"{_LLAMA_LAYER}.mlp.gate_proj.weight", f"{_LLAMA_LAYER}.mlp.up_proj.weight"),
+            lambda parts, _: torch.cat(parts),
+            lambda weight, _: [half.contiguous() for half in weight.chunk(2)],
+        ),
+        _same(f"{_OUR_LAYER}.mlp.linear_fc2.weight", f"{_LLAMA_LAYER}.mlp.down_proj.weight"),
+        _same("final_norm.weight", "model.norm.weight"),
+        _vocabulary("output_layer.weight", "lm_head.weight"),
+    ],
+    # GPT-NeoX keeps each head's query, key and value together, as megatron-core does.
+    "gpt_neox": [
+        _vocabulary("embedding.word_embeddings.weight", "gpt_neox.embed_in.weight"),
+        *_both(f"{_OUR_LAYER}.input_layernorm", f"{_NEOX_LAYER}.input_layernorm"),
+        *_both(
+            f"{_OUR_LAYER}.self_attention.linear_qkv", f"{_NEOX_LAYER}.attention.query_key_value"
+        ),
+        *_both(f"{_OUR_LAYER}.self_attention.linear_proj", f"{_NEOX_LAYER}.attention.dense"),
+        *_both(f"{_OUR_LAYER}.pre_mlp_layernorm", f"{_NEOX_LAYER}.post_attention_layernorm"),
+        *_both(f"{_OUR_LAYER}.mlp.linear_fc1", f"{_NEOX_LAYER}.mlp.dense_h_to_4h"),
+        *_both(f"{_OUR_LAYER}.mlp.linear_fc2", f"{_NEOX_LAYER}.mlp.dense_4h_to_h"),
+        *_both("final_norm", "gpt_neox.final_layer_norm"),
+        _vocabulary("output_layer.weight", "embed_out.weight"),
+    ],
+    "gpt2": [
+        _vocabulary("embedding.word_embeddings.weight", "transformer.wte.weight"),
+        _same("embedding.position_embeddings.weight", "transformer.wpe.weight"),
+        *_both(f"{_OUR_LAYER}.input_layernorm", f"{_GPT2_LAYER}.ln_1"),
+        *_fused_conv_qkv(f"{_OUR_LAYER}.self_attention.linear_qkv", f"{_GPT2_LAYER}.attn.c_attn"),
+        *_both(
+            f"{_OUR_LAYER}.self_attention.linear_proj", f"{_GPT2_LAYER}.attn.c_proj", _transposed
+        ),
+        *_both(f"{_OUR_LAYER}.pre_mlp_layernorm", f"{_GPT2_LAYER}.ln_2"),
+        *_both(f"{_OUR_LAYER}.mlp.linear_fc1", f"{_GPT2_LAYER}.mlp.c_fc", _transposed),
+        *_both(f"{_OUR_LAYER}.mlp.linear_fc2", f"{_GPT2_LAYER}.mlp.c_proj", _transposed),
+        *_both("final_norm", "transformer.ln_f"),
+        _vocabulary("output_layer.weight", "lm_head.weight"),
+    ],
+}
+
+REPEATED_TENSORS: dict[str, tuple[str, ...]] = {
+    "llama": (),
+    "gpt_neox": (),
+    "gpt2": ("lm_head.weight",),
+}
+"""Tensors that a checkpoint may carry a second time under another name."""
