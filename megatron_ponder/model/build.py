@@ -17,7 +17,7 @@ def build_model(config: RunConfig) -> PonderGPTModel:
     """
     model = PonderGPTModel(
         build_transformer_config(config),
-        model=config.model,
+        shape=config.model,
         method=load_method(config.method),
         layer_spec=layer_spec(config.model),
         pg_collection=process_groups(),

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,7 +38,7 @@ class PonderGPTModel(LanguageModule):
 
     Args:
         config: megatron-core's config.
-        model: the resolved shape, for what megatron-core's config does not hold.
+        shape: resolved, for what megatron-core's config does not hold.
         method: what each pass reads and hands on.
         layer_spec: the modules of a layer.
         pg_collection: process groups.
@@ -49,7 +50,7 @@ class PonderGPTModel(LanguageModule):
         self,
         config: TransformerConfig,
         *,
-        model: ModelConfig,
+        shape: ModelConfig,
         method: Method,
         layer_spec: ModuleSpec,
         pg_collection: ProcessGroupCollection,
@@ -57,27 +58,28 @@ class PonderGPTModel(LanguageModule):
         post_process: bool = True,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.model = model
+        self.model_type = ModelType.encoder_or_decoder
+        self.shape = shape
         self.method = method
         self.pre_process = pre_process
         self.post_process = post_process
-        self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
-        vocab_size = padded_vocab_size(model)
-        has_learned_positions = model.position_embedding_type == "learned_absolute"
+        self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
+        vocab_size = padded_vocab_size(shape)
+        has_learned_positions = shape.position_embedding_type == "learned_absolute"
         if pre_process:
             self.embedding = PonderEmbedding(
                 config,
                 vocab_size=vocab_size,
-                num_positions=model.max_position_embeddings if has_learned_positions else None,
-                scale=method.embedding_scale(model.hidden_size),
+                num_positions=shape.max_position_embeddings if has_learned_positions else None,
+                scale=method.embedding_scale(shape.hidden_size),
                 pg_collection=pg_collection,
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if not has_learned_positions:
             self.rotary_pos_emb = RotaryEmbedding(
                 kv_channels=config.kv_channels,
-                rotary_percent=model.rotary_percent,
-                rotary_base=model.rotary_base,
+                rotary_percent=shape.rotary_percent,
+                rotary_base=shape.rotary_base,
                 cp_group=pg_collection.cp,
             )
         # The final norm is the model's: whether it runs, and on which slots, differs by pass.
@@ -159,10 +161,15 @@ class PonderGPTModel(LanguageModule):
             else None
         )
         logits, _ = self.output_layer(read, weight=weight)
-        logits = mask_padded_columns(logits, self.model.vocab_size, self.pg_collection.tp)
+        logits = mask_padded_columns(logits, self.shape.vocab_size, self.pg_collection.tp)
         if labels is None:
             return logits.transpose(0, 1)
         return self.compute_language_model_loss(labels, logits)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """What megatron-core's schedule received from the previous stage; None on the first."""
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(received)
 
     def sharded_state_dict(
         self,

@@ -1,0 +1,118 @@
+"""Runs a function on several gloo ranks, for tests of layouts.
+
+Ranks are forked from a server process that has imported torch and megatron-core once, so that a
+layout starts in a second instead of ten. They meet through a file store. A rank that fails, dies or
+hangs fails the test with every rank's traceback (a hang: with every rank's stack).
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEFAULT_TIMEOUT_S = 300
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.ranks_preload"])
+
+
+class RanksFailed(AssertionError):
+    """At least one rank did not finish; the message holds what each of them said."""
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> list[Any]:
+    """Call `function(*args)` on every rank and return the results by rank.
+
+    Args:
+        function: a module-level function; torch.distributed is initialised when it is called. Its
+            result is passed through torch.save.
+        world_size: number of ranks.
+        args: picklable arguments.
+        timeout_s: wall-clock limit for all of it.
+
+    Raises:
+        RanksFailed: a rank raised, died or did not finish in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _context.Process(target=_rank_main, args=(function, args, rank, world_size, folder))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        hung = False
+        while any(process.is_alive() for process in ranks):
+            failed = any(process.exitcode not in (None, 0) for process in ranks)
+            if time.monotonic() > deadline or failed:
+                hung = not failed
+                _stop(ranks, grace_s=0 if hung else 5)
+                break
+            time.sleep(0.02)
+        if any(process.exitcode != 0 for process in ranks):
+            raise RanksFailed(_report(ranks, Path(folder), hung, timeout_s))
+        return [
+            torch.load(Path(folder, f"result{rank}.pt"), weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _rank_main(
+    function: Callable[..., Any], args: tuple, rank: int, world_size: int, folder: str
+) -> None:
+    """What a rank does; its traceback or its stack goes to a file."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
+    )
+    torch.set_num_threads(1)
+    with open(Path(folder, f"stack{rank}.txt"), "w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        try:
+            store = torch.distributed.FileStore(str(Path(folder, "store")), world_size)
+            torch.distributed.init_process_group(
+                "gloo", store=store, rank=rank, world_size=world_size
+            )
+            result = function(*args)
+            torch.save(result, Path(folder, f"result{rank}.pt"))
+        except BaseException:
+            Path(folder, f"error{rank}.txt").write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+
+
+def _stop(ranks: list, grace_s: float) -> None:
+    """Give the others time to fail too, then write their stacks and end them."""
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline and any(process.is_alive() for process in ranks):
+        time.sleep(0.05)
+    alive = [process for process in ranks if process.is_alive()]
+    for process in alive:
+        os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5 if alive else 0)
+    for process in alive:
+        process.kill()
+    for process in ranks:
+        process.join()
+
+
+def _report(ranks: list, folder: Path, hung: bool, timeout_s: float) -> str:
+    """One section per rank: its error if it has one, else its stack."""
+    lines = [f"ranks did not finish within {timeout_s} s" if hung else "a rank failed"]
+    for rank, process in enumerate(ranks):
+        error, stack = folder / f"error{rank}.txt", folder / f"stack{rank}.txt"
+        text = error.read_text() if error.exists() else stack.read_text() if stack.exists() else ""
+        lines.append(f"--- rank {rank}, exit code {process.exitcode}\n{text}")
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""The rank runner reports failures and hangs with what every rank was doing."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import RanksFailed, run_ranks
+
+
+def add_ranks(start):
+    total = torch.tensor(float(dist.get_rank() + start))
+    dist.all_reduce(total)
+    return total.item()
+
+
+def fail_on_rank_one():
+    if dist.get_rank() == 1:
+        raise ValueError("planted")
+    dist.barrier()
+
+
+def hang_on_rank_one():
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+    dist.barrier()
+
+
+def die_on_rank_one():
+    if dist.get_rank() == 1:
+        os._exit(7)
+    dist.barrier()
+
+
+def test_results_by_rank():
+    assert run_ranks(add_ranks, 3, 10) == [33.0] * 3
+
+
+def test_failure_shows_the_traceback():
+    with pytest.raises(RanksFailed, match="planted"):
+        run_ranks(fail_on_rank_one, 2)
+
+
+def test_death_is_a_failure():
+    with pytest.raises(RanksFailed, match="exit code 7"):
+        run_ranks(die_on_rank_one, 2)
+
+
+def test_hang_shows_every_stack():
+    with pytest.raises(RanksFailed) as caught:
+        run_ranks(hang_on_rank_one, 2, timeout_s=8)
+    message = str(caught.value)
+    assert "did not finish" in message
+    assert message.count("hang_on_rank_one") >= 2
