@@ -2,6 +2,7 @@
 
 import megatron_ponder.model.build
 import megatron_ponder.parallel.gradients
+import megatron_ponder.optim.adamw
 import megatron_ponder.parallel.schedule
 from megatron_ponder.runtime import mcore_cpu
 

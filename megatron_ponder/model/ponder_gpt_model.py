@@ -13,7 +13,7 @@ The three steps are methods of their own, because pipeline parallelism runs them
 
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -179,7 +179,5 @@ class PonderGPTModel(LanguageModule):
     ) -> ShardedStateDict:
         """As megatron-core's GPTModel: the final norm is stored as the decoder's."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        replace_prefix_for_sharding(
-            state, f"{prefix}final_norm.", f"{prefix}decoder.final_layernorm."
-        )
+        apply_prefix_mapping(state, {f"{prefix}final_norm.": f"{prefix}decoder.final_layernorm."})
         return state

@@ -62,10 +62,15 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
 
 
-def shutdown() -> None:
-    """End the process groups; nothing if none were started."""
+def leave_layout() -> None:
+    """End megatron-core's groups, so that `initialize` can start another layout."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """End all process groups; nothing if none were started."""
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

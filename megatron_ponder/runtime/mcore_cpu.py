@@ -27,6 +27,7 @@ MODULES_WITH_CUDA_FACTORIES = (
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.transformer.utils",
+    "megatron.core.utils",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.dist_checkpointing.exchange_utils",
 )

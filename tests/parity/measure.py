@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.build import build_model
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
-from megatron_ponder.optim import build_optimizer
+from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.gradients import wrap_data_parallel
 from megatron_ponder.parallel.schedule import run_microbatches
 from megatron_ponder.runtime import distributed
@@ -75,12 +75,12 @@ def measure(
         success, grad_norm, _ = optimizer.step()
         assert success
         result.grad_norms.append(float(grad_norm))
-        scheduler.step(increment=config.training.global_batch_size)
+        scheduler.step(increment=1)
     result.weights = {
         name: gather_shards(parameter, parameter.detach(), model)
         for name, parameter in model.named_parameters()
     }
-    distributed.shutdown()
+    distributed.leave_layout()
     return result
 
 
@@ -91,15 +91,12 @@ def save_weights(config: RunConfig, state: dict[str, Tensor] | None, folder: str
     if state is not None:
         model.load_state_dict(state, strict=False)
     dist_checkpointing.save(model.sharded_state_dict(), folder)
-    distributed.shutdown()
+    distributed.leave_layout()
 
 
 def load_weights(model: PonderGPTModel, folder: str) -> None:
     """Load such a checkpoint into any layout."""
-    state = dist_checkpointing.load(model.sharded_state_dict(), folder)
-    model.load_state_dict(
-        {name.replace("decoder.final_layernorm", "final_norm"): t for name, t in state.items()}
-    )
+    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
 
 
 def run_step(

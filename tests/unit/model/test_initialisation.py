@@ -16,7 +16,7 @@ def whole_weights(config):
     distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config)
     weights = {n: gather_shards(p, p.detach(), model) for n, p in model.named_parameters()}
-    distributed.shutdown()
+    distributed.leave_layout()
     return weights
 
 

@@ -1,0 +1,86 @@
+"""A run that stops and goes on is the run that never stopped; other layouts can take it over."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.unit.checkpoint.small_run import resume, save_midway, small_config
+
+SAVED_AT = 3
+LAST = 6
+TP2 = {"tensor_model_parallel_size": 2}
+SP = {"sequence_parallel": True}
+DIST_OPT = {"use_distributed_optimizer": True}
+BF16 = {"bf16": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Ranks, and the settings that spread a run over them."""
+
+    world_size: int
+    settings: dict
+
+
+LAYOUTS = {
+    "one": Layout(1, {}),
+    "one dist": Layout(1, DIST_OPT),
+    "one bf16": Layout(1, BF16),
+    "one bf16 dist": Layout(1, BF16 | DIST_OPT),
+    "tp2": Layout(2, TP2),
+    "tp2 sp": Layout(2, TP2 | SP),
+    "dp2": Layout(2, {}),
+    "dp2 dist": Layout(2, DIST_OPT),
+    "dp2 bf16": Layout(2, BF16),
+    "dp2 bf16 dist": Layout(2, BF16 | DIST_OPT),
+    "tp2 dp2 dist": Layout(4, TP2 | DIST_OPT),
+}
+
+
+def _run(function, layout: str, folder: Path, last: int, **changes: object) -> dict:
+    """Rank 0's result of a part of a run, with checkpoints in `folder`."""
+    chosen = LAYOUTS[layout]
+    paths = {"save": str(folder), "load": str(folder)}
+    config = small_config(chosen.world_size, **chosen.settings, **paths, **changes)
+    arguments = (SAVED_AT, last) if function is save_midway else (last,)
+    return run_ranks(function, chosen.world_size, config, *arguments)[0]
+
+
+@pytest.mark.parametrize(
+    "layout", ["one", "one bf16", "dp2", "dp2 dist", "dp2 bf16 dist", "tp2 sp", "tp2 dp2 dist"]
+)
+def test_resume_is_exact_on_one_layout(layout: str, tmp_path: Path) -> None:
+    whole = _run(save_midway, layout, tmp_path, LAST)
+    resumed = _run(resume, layout, tmp_path, LAST)
+    assert resumed["steps"] == whole["steps"][SAVED_AT:]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+    assert torch.equal(resumed["draw"], whole["draw"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("one", "tp2"),
+        ("one", "dp2 dist"),
+        ("tp2", "one"),
+        ("dp2 dist", "one"),
+        ("dp2 dist", "tp2 dp2 dist"),
+        ("dp2 bf16 dist", "one bf16"),
+        ("one bf16", "dp2 bf16 dist"),
+    ],
+)
+def test_another_layout_goes_on(before: str, after: str, tmp_path: Path) -> None:
+    whole = _run(save_midway, before, tmp_path, LAST)
+    resumed = _run(resume, after, tmp_path, LAST)
+    expected = [step.loss for step in whole["steps"][SAVED_AT:]]
+    losses = [step.loss for step in resumed["steps"]]
+    is_bf16 = LAYOUTS[after].settings.get("bf16", False)
+    assert losses == pytest.approx(expected, abs=2e-2 if is_bf16 else 1e-5)
+    # The rate of the schedule and R go on too, and the losses are those of a trained model.
+    for old, new in zip(whole["steps"][SAVED_AT:], resumed["steps"], strict=True):
+        assert new.learning_rate == old.learning_rate
+        assert new.num_jacobi_iterations == old.num_jacobi_iterations
