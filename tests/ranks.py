@@ -9,6 +9,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -89,8 +90,8 @@ def _rank_main(
             torch.save(result, Path(folder, f"result{rank}.pt"))
         except BaseException:
             Path(folder, f"error{rank}.txt").write_text(traceback.format_exc())
-            os._exit(1)
-        os._exit(0)
+            # Not os._exit: processes that megatron-core's checkpoint writer left must end with us.
+            sys.exit(1)
 
 
 def _stop(ranks: list, grace_s: float) -> None:
