@@ -1,0 +1,198 @@
+"""Flags, YAML and presets become one `RunConfig`.
+
+A preset and a YAML file are sets of flags, read before those of the command line: the same names, the
+same types, and the last one wins. So there is one parser (tyro, from the schema's types and
+docstrings) and nothing to keep in step with it. Left out: everything about what the settings mean.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from megatron_ponder.config.presets import PRESETS
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.errors import ConfigError
+
+DESCRIPTION = f"""Pretrain a language model with latent thoughts.
+
+  torchrun --nproc-per-node 8 -m megatron_ponder.pretrain --config run.yaml --bf16
+
+Settings come from four places, the later ones winning: defaults, a preset (the shape of a known
+model), a YAML file (flags with underscores as keys, e.g. "num_layers: 12"; it may name its preset as
+"preset: llama-410m"), and flags. The whole config is printed at the start of a run and stored in its
+checkpoints. docs/train.md explains the flags by task.
+
+Presets: {", ".join(PRESETS)}."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CommandLine:
+    """What stands on a command line."""
+
+    config: str | None = None
+    """YAML file with settings."""
+    preset: str | None = None
+    """Shape of a known model."""
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+
+def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -> RunConfig:
+    """Settings from the arguments of a command line.
+
+    `--help` and an argument that tyro refuses end the process, with exit code 0 and 2.
+
+    Args:
+        argv: arguments without the program's name.
+        prog: the program's name in messages.
+        description: what `--help` says first.
+
+    Raises:
+        ConfigError: the YAML file or the preset cannot be used.
+    """
+    config_path, preset = _sources(argv)
+    from_yaml = _read_yaml(config_path) if config_path else {}
+    stated_preset = from_yaml.pop("preset", None)
+    preset = preset or stated_preset
+    tokens = _preset_tokens(preset) if preset else []
+    if config_path:
+        tokens += _checked_tokens(from_yaml, config_path)
+    return _parse([*tokens, *argv], prog, description)
+
+
+def config_from_flat_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The inverse of `RunConfig.to_flat_dict`, also after a round trip through YAML or JSON.
+
+    Settings that are missing take their defaults.
+
+    Raises:
+        ConfigError: a setting that this version does not have.
+    """
+    known = RunConfig().to_flat_dict()
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"The stored config has settings that this version does not know: {', '.join(unknown)}. "
+            "It was written by another version of megatron_ponder."
+        )
+    return RunConfig().replaced(
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    )
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The whole config as YAML that `--config` reads back."""
+    flat = {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_flat_dict().items()}
+    return yaml.safe_dump(flat, sort_keys=False)
+
+
+def _parse(args: Sequence[str], prog: str, description: str) -> RunConfig:
+    """Let tyro parse flags."""
+    return tyro.cli(
+        _CommandLine,
+        prog=prog,
+        description=description,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    ).run
+
+
+def _sources(argv: Sequence[str]) -> tuple[str | None, str | None]:
+    """Values of --config and --preset, the last ones; everything else is left to tyro."""
+    values: dict[str, str | None] = {"--config": None, "--preset": None}
+    for position, argument in enumerate(argv):
+        name, separator, value = argument.partition("=")
+        if name in values:
+            following = argv[position + 1] if position + 1 < len(argv) else None
+            values[name] = value if separator else following
+    return values["--config"], values["--preset"]
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file, by name with underscores."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of settings to values.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _preset_tokens(name: str) -> list[str]:
+    """The flags that a preset stands for."""
+    if name not in PRESETS:
+        raise ConfigError(
+            f"--preset {name}: no such preset.{_did_you_mean(name, PRESETS)} "
+            f"Known: {', '.join(PRESETS)}."
+        )
+    return [token for key, value in PRESETS[name].items() for token in _tokens(key, value)]
+
+
+def _checked_tokens(settings: Mapping[str, Any], source: str) -> list[str]:
+    """The flags that a YAML file stands for; what tyro would refuse is named by file and key."""
+    known = RunConfig().to_flat_dict()
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ConfigError(
+            "\n".join(
+                f"{source}: {key}: no such setting.{_did_you_mean(key, known)}" for key in unknown
+            )
+        )
+    tokens = [token for key, value in settings.items() for token in _tokens(key, value)]
+    if not _is_accepted(tokens):
+        refused = [k for k, value in settings.items() if not _is_accepted(_tokens(k, value))]
+        types = _types()
+        raise ConfigError(
+            "\n".join(f"{source}: {k}: {settings[k]!r} does not fit {types[k]}." for k in refused)
+        )
+    return tokens
+
+
+def _is_accepted(tokens: Sequence[str]) -> bool:
+    """Whether tyro parses these flags."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            _parse(tokens, "", "")
+        except SystemExit:
+            return False
+    return True
+
+
+def _tokens(key: str, value: Any) -> list[str]:
+    """One setting as it would stand on a command line."""
+    if isinstance(value, bool):
+        return [_flag(key) if value else _flag(f"no_{key}")]
+    if isinstance(value, list | tuple):
+        return [_flag(key), *map(str, value)]
+    return [_flag(key), str(value)]
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _types() -> dict[str, str]:
+    """The type of each setting, as written in the schema."""
+    groups = dataclasses.fields(RunConfig)
+    fields = [field for group in groups for field in dataclasses.fields(group.type)]  # type: ignore[arg-type]
+    return {
+        f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type).replace("typing.", "")
+        for f in fields
+    }
+
+
+def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
+    """A hint, if something similar is known."""
+    close = difflib.get_close_matches(name, known, n=2)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
