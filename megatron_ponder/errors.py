@@ -36,6 +36,10 @@ class ConversionError(PonderError):
     """Weights or a configuration that cannot be converted to or from Hugging Face."""
 
 
+class TrainingError(PonderError):
+    """A run that cannot go on: its loss or gradient is no longer finite."""
+
+
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Make `main` return an exit code: 2 and the message on stderr for a `PonderError`.
 

@@ -25,7 +25,7 @@ GLOBAL_BATCH_SIZE = 4
 
 
 def small_config(world_size: int = 1, **changes: object) -> RunConfig:
-    """Two layers, with everything in it that a checkpoint has to reshard (gated MLP, query groups)."""
+    """Two layers, with all that a checkpoint has to reshard: gated MLP, query groups."""
     settings: dict[str, object] = {
         "num_layers": 2,
         "hidden_size": 32,

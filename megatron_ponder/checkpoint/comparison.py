@@ -1,0 +1,57 @@
+"""What differs between the run that wrote a checkpoint and the run that loads it."""
+
+from megatron_ponder.config.resolve import padded_vocab_size
+from megatron_ponder.config.schema import RunConfig
+
+SHAPE_SETTINGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "position_embedding_type",
+    "normalization",
+    "activation",
+    "add_bias_linear",
+    "parallel_residual",
+    "untie_embeddings_and_output_weights",
+)
+"""Settings without which the stored weights have no place, or another meaning."""
+
+RUN_SETTINGS = frozenset(
+    {
+        "exit_interval",
+        "exit_duration_in_mins",
+        "num_workers",
+        "data_cache_path",
+        "distributed_backend",
+        "distributed_timeout_minutes",
+    }
+)
+"""Settings, besides those of checkpoints and logging, that do not change what is computed."""
+
+
+def shape_differences(stored: RunConfig, ours: RunConfig) -> list[str]:
+    """Settings that make the stored weights unusable, one line each; both configs resolved."""
+    before, now = stored.to_flat_dict(), ours.to_flat_dict()
+    names = list(SHAPE_SETTINGS)
+    if ours.model.position_embedding_type == "learned_absolute":
+        names.append("max_position_embeddings")
+    differences = [_line(name, before[name], now[name]) for name in names]
+    vocabularies = padded_vocab_size(stored.model), padded_vocab_size(ours.model)
+    differences.append(_line("padded vocabulary (vocab_size)", *vocabularies))
+    return [difference for difference in differences if difference]
+
+
+def other_differences(stored: RunConfig, ours: RunConfig) -> list[str]:
+    """Further settings that changed and that may change the numbers from here on."""
+    before, now = stored.to_flat_dict(), ours.to_flat_dict()
+    silent = RUN_SETTINGS.union(vars(ours.checkpoint), vars(ours.logging))
+    differences = [_line(name, before[name], now[name]) for name in now if name not in silent]
+    return [difference for difference in differences if difference]
+
+
+def _line(name: str, before: object, now: object) -> str:
+    """One difference in words; empty where there is none."""
+    return "" if before == now else f"{name}: {before} in the checkpoint, {now} now"

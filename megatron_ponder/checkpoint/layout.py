@@ -1,0 +1,157 @@
+"""Files of a checkpoint folder, and how they come and go without a moment of being half there.
+
+    <folder>/latest_checkpointed_iteration.txt    the newest iteration, as text
+    <folder>/iter_0000100/                        one checkpoint:
+        *.distcp, .metadata, metadata.json, ...       megatron-core's torch_dist format
+        run_config.yaml                               every setting of the run
+        files.json                                    size of each of the files above
+
+A checkpoint is written into a hidden folder and renamed when it is complete; the text file is
+replaced after that, and old checkpoints are removed last. `files.json` tells a truncated copy from
+a good one before any rank starts to load. Imports no torch.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ponder.errors import CheckpointError
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+CONFIG_FILE = "run_config.yaml"
+SIZES_FILE = "files.json"
+_ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
+
+
+def iteration_folder(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lies."""
+    return folder / f"iter_{iteration:07d}"
+
+
+def unfinished_folder(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is written before it is complete."""
+    return folder / f".iter_{iteration:07d}.unfinished"
+
+
+def stored_iterations(folder: Path) -> list[int]:
+    """Iterations with a complete checkpoint, in order; none if the folder does not exist."""
+    if not folder.is_dir():
+        return []
+    names = (_ITERATION_FOLDER.fullmatch(entry.name) for entry in folder.iterdir())
+    return sorted(int(match.group(1)) for match in names if match)
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """The newest checkpoint's iteration; None where there is none.
+
+    Raises:
+        CheckpointError: the text file does not hold a number.
+    """
+    path = folder / LATEST_FILE
+    if not path.is_file():
+        return None
+    text = path.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(
+            f"{path} holds {text[:40]!r}, not an iteration. Write the iteration to load into it, "
+            "or give --ckpt-step."
+        )
+    return int(text)
+
+
+def choose_iteration(folder: Path, ckpt_step: int | None) -> int:
+    """The iteration to load: `ckpt_step`, else the newest.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    stored = stored_iterations(folder)
+    wanted = ckpt_step if ckpt_step is not None else latest_iteration(folder)
+    if wanted is None:
+        raise CheckpointError(f"{folder} holds no checkpoint: there is no {LATEST_FILE} in it.")
+    if wanted not in stored:
+        source = "--ckpt-step asks" if ckpt_step is not None else f"{LATEST_FILE} asks"
+        have = ", ".join(map(str, stored)) or "none"
+        raise CheckpointError(
+            f"{folder}: {source} for iteration {wanted}, which is not there. "
+            f"Stored iterations: {have}."
+        )
+    return wanted
+
+
+def publish(folder: Path, iteration: int) -> Path:
+    """Make an unfinished checkpoint the newest one; called by one rank.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    unfinished, final = unfinished_folder(folder, iteration), iteration_folder(folder, iteration)
+    sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
+    (unfinished / SIZES_FILE).write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n")
+    replaced = folder / f".iter_{iteration:07d}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(replaced)
+    unfinished.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    pending = folder / f".{LATEST_FILE}.unfinished"
+    pending.write_text(f"{iteration}\n")
+    os.replace(pending, folder / LATEST_FILE)
+    return final
+
+
+def prune(folder: Path, newest: int, keep: int | None) -> list[int]:
+    """Remove checkpoints older than `newest` beyond the `keep - 1` last of them.
+
+    Called by one rank. Later iterations, left from a run that was taken up again at an earlier
+    one, stay.
+
+    Returns:
+        The iterations that were removed.
+    """
+    if keep is None:
+        return []
+    older = [iteration for iteration in stored_iterations(folder) if iteration < newest]
+    removed = older[: max(len(older) - (keep - 1), 0)]
+    for iteration in removed:
+        shutil.rmtree(iteration_folder(folder, iteration))
+    return removed
+
+
+def check_files(checkpoint: Path) -> None:
+    """Compare a checkpoint's files with the sizes they were written with.
+
+    Raises:
+        CheckpointError: a file is missing or has another size.
+    """
+    sizes_path = checkpoint / SIZES_FILE
+    if not sizes_path.is_file():
+        raise CheckpointError(
+            f"{checkpoint} is incomplete: {SIZES_FILE} is missing. Copy the checkpoint again, or "
+            "load another iteration with --ckpt-step."
+        )
+    damaged = list(_damage(checkpoint, json.loads(sizes_path.read_text())))
+    if damaged:
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {'; '.join(damaged)}. Copy the checkpoint again, or load "
+            "another iteration with --ckpt-step."
+        )
+
+
+def _damage(checkpoint: Path, sizes: dict[str, int]) -> Iterator[str]:
+    """What is wrong with each damaged file."""
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes, was written with {size}"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())

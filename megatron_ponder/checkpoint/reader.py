@@ -1,0 +1,177 @@
+"""Loading a checkpoint: all of it to go on, or the weights only.
+
+A checkpoint of another layout is resharded by megatron-core. What does not fit is refused before a
+tensor is read, with the settings that differ.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_ponder.checkpoint import layout
+from megatron_ponder.checkpoint.comparison import other_differences, shape_differences
+from megatron_ponder.checkpoint.optimizer_state import METADATA, load_optimizer, optimizer_request
+from megatron_ponder.checkpoint.progress import Progress
+from megatron_ponder.checkpoint.rng import reseed, restore_random_state
+from megatron_ponder.checkpoint.state import layout as layout_of
+from megatron_ponder.checkpoint.state import model_state, random_state_object
+from megatron_ponder.config.parse import config_from_flat_dict
+from megatron_ponder.config.schema import CheckpointConfig, RunConfig
+from megatron_ponder.errors import CheckpointError, ConfigError
+from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
+from megatron_ponder.runtime.distributed import ranks
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(config: CheckpointConfig) -> Path | None:
+    """The checkpoint that a run is to start from; None for a fresh start.
+
+    Raises:
+        CheckpointError: --load names a folder without the wanted checkpoint, unless it is also
+            --save and still empty; or the checkpoint is incomplete.
+    """
+    if config.load is None:
+        return None
+    folder = Path(config.load)
+    is_own = config.save is not None and Path(config.save).resolve() == folder.resolve()
+    if is_own and config.ckpt_step is None and layout.latest_iteration(folder) is None:
+        return None
+    return locate(folder, config.ckpt_step)
+
+
+def locate(folder: Path, ckpt_step: int | None = None) -> Path:
+    """A checkpoint in `folder`, the newest unless `ckpt_step` says otherwise, with files complete.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    checkpoint = layout.iteration_folder(folder, layout.choose_iteration(folder, ckpt_step))
+    layout.check_files(checkpoint)
+    return checkpoint
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The resolved config of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: it was written by a version of this package with other settings.
+    """
+    settings = yaml.safe_load((checkpoint / layout.CONFIG_FILE).read_text())
+    try:
+        return config_from_flat_dict(settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint / layout.CONFIG_FILE}: {error}") from None
+
+
+def load_checkpoint(
+    config: RunConfig,
+    checkpoint: Path,
+    *,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> Progress:
+    """Put model, optimizer, schedule and random generators where `checkpoint` left them.
+
+    With --finetune only the weights are loaded. Settings of this run beat those of the checkpoint;
+    the ones that differ are logged.
+
+    Returns:
+        How far the run has come; all zero with --finetune.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit or cannot be read.
+    """
+    stored = read_config(checkpoint)
+    if config.checkpoint.finetune:
+        load_weights(checkpoint, model.module, config)
+        optimizer.reload_model_params()
+        logger.info("loaded weights of %s; everything else starts afresh", checkpoint)
+        return Progress()
+    _check_shape(checkpoint, stored, config)
+    for difference in other_differences(stored, config):
+        logger.info("setting changed since the checkpoint: %s", difference)
+    plain = _read_plain(checkpoint)
+    progress = Progress(**plain["progress"])
+    here = ranks()
+    is_same_layout = plain["layout"] == layout_of(here)
+
+    request: ShardedStateDict = {"model": model_state(model)}
+    if is_same_layout:
+        request["rng_state"] = random_state_object(here, None)
+    loaded = _read(request, checkpoint)
+    model.module.load_state_dict(loaded["model"])
+    # Separately: an fp32 checkpoint serves as weights and as fp32 copy of the weights, and one
+    # request must not name a tensor twice. A request is used up by loading.
+    request = {
+        "optimizer": optimizer_request(optimizer, model_state(model), stored=stored, ours=config)
+    }
+    load_optimizer(optimizer, _read(request, checkpoint)["optimizer"], progress.updates)
+    scheduler.load_state_dict(plain["opt_param_scheduler"])
+    if is_same_layout:
+        restore_random_state(loaded["rng_state"])
+    else:
+        reseed(config.training.seed, progress.iteration)
+        logger.info("random generators seeded anew: the checkpoint has layout %s", plain["layout"])
+    logger.info("loaded checkpoint %s", checkpoint)
+    return progress
+
+
+def load_weights(checkpoint: Path, model: PonderGPTModel, config: RunConfig) -> None:
+    """Load the weights of a checkpoint into an unwrapped model of any layout.
+
+    Args:
+        checkpoint: from `locate`.
+        model: built from `config`.
+        config: resolved.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit or cannot be read.
+    """
+    _check_shape(checkpoint, read_config(checkpoint), config)
+    loaded = _read({"model": model.sharded_state_dict(metadata=METADATA)}, checkpoint)
+    model.load_state_dict(loaded["model"])
+
+
+def _check_shape(checkpoint: Path, stored: RunConfig, config: RunConfig) -> None:
+    """Refuse weights that have no place in this run's model."""
+    differences = shape_differences(stored, config)
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint} holds a model of another shape: {'; '.join(differences)}. Use the "
+            "checkpoint's settings, or start without --load."
+        )
+
+
+def _read_plain(checkpoint: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is not sharded."""
+    try:
+        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except CheckpointingException as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def _read(request: ShardedStateDict, checkpoint: Path) -> dict[str, Any]:
+    """Fill a request."""
+    try:
+        return dist_checkpointing.load(request, str(checkpoint))
+    except (CheckpointingException, CheckpointException) as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> CheckpointError:
+    """megatron-core's failure in this package's terms."""
+    return CheckpointError(
+        f"{checkpoint} cannot be read: {error}. It may have been written by a newer "
+        "megatron-core (checkpoints of 0.19 need 0.19), or its files may be damaged."
+    )

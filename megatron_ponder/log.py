@@ -1,0 +1,63 @@
+"""Log lines and progress bars of a job of many processes. Imports no torch.
+
+Modules log through the standard `logging` under their own name. `configure`, called once by an
+entry point, makes rank 0 print everything from INFO on, and the other ranks only errors, marked
+with their rank. What is left out: files and services (train/metrics.py) and error messages for the
+user (errors.py).
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+from tqdm import tqdm
+
+PACKAGE_LOGGER = "megatron_ponder"
+PROGRESS_INTERVAL_S = 5.0
+"""How often a progress bar is printed where the output is not a terminal."""
+
+
+def configure() -> None:
+    """Send this package's log to stdout; harmless when called again.
+
+    Also silences megatron-core's import-time warnings about absent accelerator libraries: this
+    package chooses its backends itself and logs each choice.
+    """
+    rank = _rank()
+    logger = logging.getLogger(PACKAGE_LOGGER)
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    mark = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(
+        logging.Formatter(f"[%(asctime)s] {mark}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    )
+    logger.handlers = [handler]
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+
+
+def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
+    """A progress bar with rate and remaining time on rank 0; silent on the others.
+
+    Args:
+        total: units in the whole task.
+        description: what is going on.
+        unit: name of one unit.
+        initial: units done before.
+    """
+    interval_s = 0.1 if sys.stderr.isatty() else PROGRESS_INTERVAL_S
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        mininterval=interval_s,
+        disable=_rank() != 0,
+    )
+
+
+def _rank() -> int:
+    """Global rank of this process as torchrun sets it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,80 @@
+"""AdamW with its learning-rate schedule, both megatron-core's.
+
+The optimizer is fp32 Adam, Adam on fp32 masters of bf16 weights, or either with its state sharded
+over data-parallel ranks, as the run says. Biases and norms (every 1-D parameter) are not decayed.
+The schedule counts iterations. Left out: other optimizers, and loss scaling (fp16 is not offered).
+"""
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ponder.config.schema import RunConfig
+
+WSD_DECAY_STYLE = "exponential"
+"""Shape of WSD's final decay, Megatron-LM's default: 2 * 0.5^x - 1 for x from 0 to 1."""
+
+
+def build_optimizer(
+    config: RunConfig, model: DistributedDataParallel
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer of a wrapped model, and the schedule that sets its learning rate.
+
+    Args:
+        config: resolved.
+        model: the weights to train, with their gradient buffers.
+    """
+    optim, training = config.optimizer, config.training
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.adam_beta1,
+            adam_beta2=optim.adam_beta2,
+            adam_eps=optim.adam_eps,
+            decoupled_weight_decay=True,
+            # Infinity where clipping is off: the norm is computed and reported all the same.
+            clip_grad=optim.clip_grad or math.inf,
+            bf16=training.bf16,
+            params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        ),
+        [model],
+    )
+    return optimizer, build_scheduler(config, optimizer)
+
+
+def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up from 0 and the decay that `config` names, in iterations.
+
+    As in Megatron-LM the first iteration has learning rate 0 where there is a warm-up, and the
+    settings of the run beat those of a checkpoint that is loaded later.
+    """
+    optim = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.lr_warmup_iters,
+        lr_decay_steps=optim.lr_decay_iters,
+        lr_decay_style=optim.lr_decay_style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=config.training.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=optim.lr_wsd_decay_iters,
+        lr_wsd_decay_style=WSD_DECAY_STYLE,
+    )
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The rate that the next update uses; the same in every parameter group."""
+    return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,62 @@
+"""Loss on held-out data: forward only, R = num_jacobi_iterations, the same samples every time."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.parallel.schedule import Batch, run_microbatches
+from megatron_ponder.runtime.distributed import data_parallel_group
+from megatron_ponder.train.step import Trainee, num_microbatches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss on held-out data."""
+
+    loss: float
+    """Mean over tokens, in nats."""
+    num_tokens: int
+    """Tokens that took part."""
+    num_jacobi_iterations: int
+    """R of the forward passes."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinity where that is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(config: RunConfig, trainee: Trainee, batches: Iterator[Batch]) -> Evaluation:
+    """The loss over `eval_iters` global batches.
+
+    Args:
+        config: resolved.
+        trainee: not changed.
+        batches: this rank's micro-batches, from the first sample.
+    """
+    trainee.model.eval()
+    r = config.method.num_jacobi_iterations
+    per_iteration = num_microbatches(config)
+    total = sum(
+        run_microbatches(
+            trainee.model,
+            batches,
+            plan=trainee.model.module.method.plan(r),
+            num_microbatches=per_iteration,
+            micro_batch_size=config.training.micro_batch_size,
+            seq_length=config.data.seq_length,
+            forward_only=True,
+        )
+        for _ in range(config.training.eval_iters)
+    )
+    trainee.model.train()
+    dist.all_reduce(total, group=data_parallel_group())
+    loss_sum, num_tokens = total.tolist()
+    return Evaluation(
+        loss=loss_sum / max(num_tokens, 1.0), num_tokens=int(num_tokens), num_jacobi_iterations=r
+    )

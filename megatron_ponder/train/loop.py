@@ -1,0 +1,151 @@
+"""The training loop: iterate, report, evaluate, save, stop.
+
+What happens after an iteration happens in this order on every rank: counters, log line, evaluation,
+checkpoint, stop. A run that stops after a checkpoint and goes on from it does the same arithmetic
+as one that never stopped.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from megatron_ponder.checkpoint.progress import Progress
+from megatron_ponder.checkpoint.writer import save_checkpoint
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.errors import TrainingError
+from megatron_ponder.parallel.schedule import Batch
+from megatron_ponder.train.evaluation import evaluate
+from megatron_ponder.train.metrics import Reporter
+from megatron_ponder.train.step import StepResult, Trainee, train_step
+from megatron_ponder.train.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""A run whose loss or gradient was not finite this often in a row is not going to recover."""
+
+Batches = Callable[[], Iterator[Batch]]
+"""Starts reading a dataset, on this rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The three datasets of a run."""
+
+    train: Batches
+    """From the sample that the run has come to."""
+    valid: Batches | None
+    """From the first sample; None where there are none."""
+    test: Batches | None
+    """As valid."""
+
+
+def train(
+    config: RunConfig,
+    trainee: Trainee,
+    data: TrainingData,
+    progress: Progress,
+    reporter: Reporter,
+    start_s: float,
+) -> None:
+    """Train until `train_iters`, or until the run is to stop.
+
+    Args:
+        config: resolved.
+        trainee: changed in place.
+        data: what to read.
+        progress: where to go on; changed in place.
+        reporter: takes what there is to report.
+        start_s: `time.monotonic()` when the run began.
+
+    Raises:
+        TrainingError: the loss or the gradient stays non-finite.
+    """
+    training = config.training
+    saved_at = progress.iteration
+    evaluated_at = None
+    num_skipped_in_a_row = 0
+    batches = data.train()
+    with StopRequest(training, start_s) as stop:
+        while progress.iteration < training.train_iters:
+            step_start_s = time.monotonic()
+            step = train_step(
+                config,
+                trainee,
+                batches,
+                iteration=progress.iteration + 1,
+                wants_stop=stop.is_raised,
+            )
+            _advance(progress, config, step)
+            reporter.add(step, time.monotonic() - step_start_s)
+            num_skipped_in_a_row = 0 if step.is_updated else num_skipped_in_a_row + 1
+            _check_finite(progress, step, num_skipped_in_a_row)
+            if _is_due(progress, config.logging.log_interval):
+                reporter.report_training(step)
+            if data.valid is not None and _is_due(progress, training.eval_interval):
+                reporter.report_evaluation("valid", evaluate(config, trainee, data.valid()))
+                evaluated_at = progress.iteration
+            stops = step.is_stop_requested or _is_due(progress, training.exit_interval)
+            if stops or _is_due(progress, config.checkpoint.save_interval):
+                _save(config, trainee, progress)
+                saved_at = progress.iteration
+            if stops:
+                reason = stop.reason() if step.is_stop_requested else "--exit-interval"
+                logger.info("stopped after iteration %d: %s", progress.iteration, reason)
+                return
+        if data.valid is not None and evaluated_at != progress.iteration:
+            reporter.report_evaluation("valid", evaluate(config, trainee, data.valid()))
+        if data.test is not None:
+            reporter.report_evaluation("test", evaluate(config, trainee, data.test()))
+        if saved_at != progress.iteration:
+            _save(config, trainee, progress)
+    logger.info("training is done: %d iterations", progress.iteration)
+
+
+def _advance(progress: Progress, config: RunConfig, step: StepResult) -> None:
+    """Count an iteration."""
+    assert config.training.global_batch_size is not None
+    progress.iteration += 1
+    progress.consumed_samples += config.training.global_batch_size
+    progress.consumed_tokens += step.num_tokens
+    progress.skipped_iterations += not step.is_updated
+
+
+def _is_due(progress: Progress, interval: int | None) -> bool:
+    """Whether something that happens every `interval` iterations happens now; 0 and None: never."""
+    return bool(interval) and progress.iteration % interval == 0
+
+
+def _check_finite(progress: Progress, step: StepResult, num_skipped_in_a_row: int) -> None:
+    """Say that an update was left out, and give up where that goes on."""
+    if step.is_updated:
+        return
+    logger.warning(
+        "iteration %d: loss %s, gradient norm %s; the update is skipped",
+        progress.iteration,
+        step.loss,
+        step.grad_norm,
+    )
+    if num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise TrainingError(
+            f"loss or gradient was not finite in the last {num_skipped_in_a_row} iterations, up to "
+            f"{progress.iteration}; their updates were skipped. Go on from an earlier checkpoint "
+            "with a lower --lr, a longer warm-up or a smaller --clip-grad."
+        )
+
+
+def _save(config: RunConfig, trainee: Trainee, progress: Progress) -> None:
+    """Save, where the run saves and has something to save."""
+    if config.checkpoint.save is None:
+        return
+    if progress.updates == 0:
+        logger.warning("nothing to save: no update was made yet")
+        return
+    save_checkpoint(
+        config,
+        model=trainee.model,
+        optimizer=trainee.optimizer,
+        scheduler=trainee.scheduler,
+        progress=progress,
+    )

@@ -1,0 +1,174 @@
+"""A whole run: from a config as the user gave it to a trained model.
+
+Everything that can be refused is refused before anything expensive is built: settings first, then
+folders and checkpoints, then data, then the model.
+"""
+
+import dataclasses
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_ponder
+from megatron_ponder import log
+from megatron_ponder.checkpoint.progress import Progress
+from megatron_ponder.checkpoint.reader import find_checkpoint, load_checkpoint
+from megatron_ponder.checkpoint.writer import prepare_folder
+from megatron_ponder.config.parse import dump_yaml
+from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.data.datasets import build_datasets
+from megatron_ponder.data.loader import build_loader
+from megatron_ponder.data.tokenizers import build_tokenizer
+from megatron_ponder.model.build import build_model
+from megatron_ponder.model.size import count_parameters, forward_flops
+from megatron_ponder.optim.adamw import build_optimizer
+from megatron_ponder.parallel.gradients import wrap_data_parallel
+from megatron_ponder.parallel.schedule import Batch
+from megatron_ponder.runtime.device import device
+from megatron_ponder.runtime.distributed import (
+    is_rank_zero,
+    ranks,
+    running,
+    world_size_from_environment,
+)
+from megatron_ponder.train.loop import Batches, TrainingData, train
+from megatron_ponder.train.metrics import FLOPS_PER_FORWARD_FLOP, Reporter
+from megatron_ponder.train.sinks import open_sinks
+from megatron_ponder.train.step import Trainee
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> None:
+    """Train as `config` says, on all ranks that torchrun started, or as a single process.
+
+    Args:
+        config: as given; derived settings are filled in here.
+
+    Raises:
+        PonderError: the run cannot work, with what to change.
+    """
+    start_s = time.monotonic()
+    log.configure()
+    tokenizer = build_tokenizer(config.data, config.model.vocab_size)
+    config = resolve(
+        config,
+        world_size=world_size_from_environment(),
+        tokenizer_vocab_size=tokenizer.vocab_size,
+    )
+    with running(config.parallel, config.training.seed):
+        prepare_folder(config)
+        checkpoint = find_checkpoint(config.checkpoint)
+        datasets = build_datasets(config, tokenizer, _num_samples(config))
+        trainee = _build_trainee(config)
+        _describe(config, trainee)
+        progress = Progress()
+        if checkpoint is not None:
+            progress = load_checkpoint(config, checkpoint, **vars(trainee))
+        if progress.iteration >= config.training.train_iters:
+            logger.info("nothing to do: %s is at iteration %d", checkpoint, progress.iteration)
+            return
+        sinks = open_sinks(config, progress.iteration) if is_rank_zero() else []
+        reporter = Reporter(config, trainee.model.module.method, progress, sinks)
+        try:
+            data = _training_data(config, datasets, progress.consumed_samples)
+            train(config, trainee, data, progress, reporter, start_s)
+        finally:
+            reporter.close()
+
+
+def _num_samples(config: RunConfig) -> tuple[int, int, int]:
+    """Sequences that training, one validation and the test read."""
+    training = config.training
+    assert training.global_batch_size is not None
+    num_evaluation = training.eval_iters * training.global_batch_size
+    return training.train_iters * training.global_batch_size, num_evaluation, num_evaluation
+
+
+def _build_trainee(config: RunConfig) -> Trainee:
+    """Model, optimizer and schedule."""
+    model = wrap_data_parallel(build_model(config), config)
+    optimizer, scheduler = build_optimizer(config, model)
+    return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
+
+
+def _training_data(
+    config: RunConfig, datasets: tuple[Any, Any, Any], consumed_samples: int
+) -> TrainingData:
+    """Readers of the three datasets."""
+    train_set, valid_set, test_set = datasets
+    evaluates = bool(config.training.eval_iters)
+    return TrainingData(
+        train=_reader(config, train_set, consumed_samples),
+        valid=_reader(config, valid_set, 0)
+        if valid_set is not None and evaluates and config.training.eval_interval
+        else None,
+        test=_reader(config, test_set, 0) if test_set is not None and evaluates else None,
+    )
+
+
+def _reader(config: RunConfig, dataset: Any, consumed_samples: int) -> Batches:
+    """What starts reading `dataset` at a sample."""
+    here = ranks()
+
+    def start() -> Iterator[Batch]:
+        return iter(
+            build_loader(
+                dataset,
+                micro_batch_size=config.training.micro_batch_size,
+                data_parallel_rank=here.data_parallel_rank,
+                data_parallel_size=here.data_parallel_size,
+                consumed_samples=consumed_samples,
+                num_workers=config.data.num_workers,
+            )
+        )
+
+    return start
+
+
+def _describe(config: RunConfig, trainee: Trainee) -> None:
+    """Log the whole config, and what it comes to."""
+    if not is_rank_zero():
+        return
+    logger.info("config:\n%s", dump_yaml(config).rstrip())
+    here, training = ranks(), config.training
+    kind = torch.cuda.get_device_name() if device().type == "cuda" else platform.processor()
+    logger.info(
+        "%d ranks (tensor parallel %d, data parallel %d) on %s %s; host %s, folder %s",
+        here.world_size,
+        here.tensor_parallel_size,
+        here.data_parallel_size,
+        device().type,
+        kind,
+        platform.node(),
+        Path.cwd(),
+    )
+    logger.info(
+        "megatron_ponder %s, megatron-core %s, torch %s, Python %s",
+        megatron_ponder.__version__,
+        importlib.metadata.version("megatron-core"),
+        torch.__version__,
+        platform.python_version(),
+    )
+    counts = count_parameters(config.model)
+    logger.info(
+        "parameters: %s", ", ".join(f"{k} {v:,}" for k, v in dataclasses.asdict(counts).items())
+    )
+    method, seq_length = trainee.model.module.method, config.data.seq_length
+    plan = method.plan(config.method.num_jacobi_iterations)
+    flops = FLOPS_PER_FORWARD_FLOP * forward_flops(config.model, plan, seq_length).total
+    assert training.global_batch_size is not None
+    logger.info(
+        "%d passes at R = %d, %.4g training FLOPs per token; %d tokens per iteration",
+        len(plan.passes),
+        config.method.num_jacobi_iterations,
+        flops / seq_length,
+        training.global_batch_size * seq_length,
+    )

@@ -1,0 +1,133 @@
+"""One training iteration: forward and backward of the global batch, then the update.
+
+The loss is the mean over the unmasked tokens of the whole global batch, whatever the layout. The
+iteration's R is drawn once, so that all micro-batches on all ranks run the same passes.
+
+Every iteration has two small reductions over ranks (loss and stop request; gradient norm) and one
+point at which the host waits for the device: megatron-core's gradient norm is a Python number.
+Everything else that the host wants to know is read right after it, when it is there already.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.optim.adamw import learning_rate
+from megatron_ponder.parallel.schedule import Batch, run_microbatches
+from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.runtime.distributed import ranks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """What is trained, and what trains it."""
+
+    model: DistributedDataParallel
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one iteration did; equal on all ranks."""
+
+    loss: float
+    """Mean over the tokens of the global batch, in nats."""
+    num_tokens: int
+    """Tokens that took part in the loss."""
+    grad_norm: float
+    """Euclidean norm of the gradient before clipping."""
+    learning_rate: float
+    """The rate of this update."""
+    num_jacobi_iterations: int
+    """R of this iteration."""
+    is_updated: bool
+    """Whether the weights moved; not where loss or gradient was not finite."""
+    is_stop_requested: bool
+    """Whether any rank asked to stop."""
+
+
+def num_microbatches(config: RunConfig) -> int:
+    """Micro-batches that each data-parallel rank runs per iteration."""
+    per_pass = config.training.micro_batch_size * ranks().data_parallel_size
+    assert config.training.global_batch_size is not None
+    return config.training.global_batch_size // per_pass
+
+
+def train_step(
+    config: RunConfig,
+    trainee: Trainee,
+    batches: Iterator[Batch],
+    *,
+    iteration: int,
+    wants_stop: bool,
+) -> StepResult:
+    """Run one iteration.
+
+    Args:
+        config: resolved.
+        trainee: changed in place.
+        batches: this rank's micro-batches, of which one iteration's are taken.
+        iteration: the iteration's number, from 1.
+        wants_stop: whether this rank asks all to stop after this iteration.
+    """
+    trainee.model.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    r = jacobi_iterations(config.method, config.training.seed, iteration)
+    loss_and_tokens = run_microbatches(
+        trainee.model,
+        batches,
+        plan=trainee.model.module.method.plan(r),
+        num_microbatches=num_microbatches(config),
+        micro_batch_size=config.training.micro_batch_size,
+        seq_length=config.data.seq_length,
+    )
+    status = _sum_over_ranks(loss_and_tokens, wants_stop)
+    rate = learning_rate(trainee.optimizer)
+    trainee.optimizer.prepare_grads()
+    grad_norm = trainee.optimizer.get_grad_norm()
+    loss_sum, num_tokens, num_stop_requests = status.tolist()
+    loss = loss_sum / max(num_tokens, 1.0)
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if is_finite:
+        _update(trainee, grad_norm)
+    return StepResult(
+        loss=loss,
+        num_tokens=int(num_tokens),
+        grad_norm=grad_norm,
+        learning_rate=rate,
+        num_jacobi_iterations=r,
+        is_updated=is_finite,
+        is_stop_requested=num_stop_requests > 0,
+    )
+
+
+def _sum_over_ranks(loss_and_tokens: torch.Tensor, wants_stop: bool) -> torch.Tensor:
+    """Loss and tokens of the global batch, and how many ranks want to stop, fp64 [3].
+
+    Ranks of one tensor-parallel group hold the same loss: only the first of them contributes.
+    """
+    status = torch.zeros(3, dtype=torch.float64, device=loss_and_tokens.device)
+    if ranks().tensor_parallel_rank == 0:
+        status[:2] = loss_and_tokens
+    status[2] = float(wants_stop)
+    dist.all_reduce(status)
+    return status
+
+
+def _update(trainee: Trainee, grad_norm: float) -> None:
+    """Clip, step, and move the schedule on: megatron-core's `step` after its gradient norm."""
+    for optimizer in trainee.optimizer.chained_optimizers:
+        clip_grad_by_total_norm_fp32(
+            optimizer.get_parameters(), max_norm=optimizer.config.clip_grad, total_norm=grad_norm
+        )
+    trainee.optimizer.step_with_ready_grads()
+    trainee.scheduler.step(increment=1)

@@ -1,0 +1,165 @@
+"""What lies in a checkpoint folder, and what is said when it is not what it should be."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ponder.checkpoint import layout
+from megatron_ponder.checkpoint.comparison import other_differences, shape_differences
+from megatron_ponder.checkpoint.reader import find_checkpoint, read_config
+from megatron_ponder.checkpoint.writer import prepare_folder
+from megatron_ponder.config.parse import dump_yaml
+from megatron_ponder.config.schema import CheckpointConfig, RunConfig
+from megatron_ponder.errors import CheckpointError
+from tests.unit.checkpoint.small_run import small_config
+
+
+def _publish(folder: Path, *iterations: int) -> None:
+    """Checkpoints with a config and one data file."""
+    for iteration in iterations:
+        unfinished = layout.unfinished_folder(folder, iteration)
+        unfinished.mkdir(parents=True)
+        (unfinished / "__0_0.distcp").write_bytes(b"x" * 100)
+        (unfinished / layout.CONFIG_FILE).write_text(dump_yaml(small_config()))
+        layout.publish(folder, iteration)
+
+
+def test_publishing_leaves_only_finished_files(tmp_path: Path) -> None:
+    _publish(tmp_path, 5, 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000005",
+        "iter_0000010",
+        layout.LATEST_FILE,
+    ]
+    assert (tmp_path / layout.LATEST_FILE).read_text() == "10\n"
+    layout.check_files(tmp_path / "iter_0000010")
+
+
+def test_publishing_again_replaces(tmp_path: Path) -> None:
+    _publish(tmp_path, 5)
+    (tmp_path / "iter_0000005" / "stray").write_text("from the run before")
+    _publish(tmp_path, 5)
+    assert not (tmp_path / "iter_0000005" / "stray").exists()
+    layout.check_files(tmp_path / "iter_0000005")
+
+
+def test_an_unfinished_checkpoint_is_not_there(tmp_path: Path) -> None:
+    _publish(tmp_path, 5)
+    layout.unfinished_folder(tmp_path, 10).mkdir()
+    assert layout.stored_iterations(tmp_path) == [5]
+    assert layout.choose_iteration(tmp_path, None) == 5
+
+
+@pytest.mark.parametrize(
+    ("keep", "newest", "left"),
+    [
+        (None, 20, [5, 10, 15, 20, 25]),
+        (1, 20, [20, 25]),
+        (2, 20, [15, 20, 25]),
+        (9, 20, [5, 10, 15, 20, 25]),
+    ],
+)
+def test_pruning_keeps_the_newest_and_later_ones(
+    keep: int | None, newest: int, left: list[int], tmp_path: Path
+) -> None:
+    _publish(tmp_path, 5, 10, 15, 20, 25)
+    layout.prune(tmp_path, newest, keep)
+    assert layout.stored_iterations(tmp_path) == left
+
+
+def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
+    _publish(tmp_path, 5)
+    data = tmp_path / "iter_0000005" / "__0_0.distcp"
+    data.write_bytes(b"x" * 60)
+    config = CheckpointConfig(load=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has 60 bytes, was written with 100"):
+        find_checkpoint(config)
+    data.unlink()
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
+        find_checkpoint(config)
+
+
+def test_where_a_run_starts(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    assert find_checkpoint(CheckpointConfig()) is None
+    assert find_checkpoint(CheckpointConfig(save=folder, load=folder)) is None
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(CheckpointConfig(load=folder))
+    _publish(Path(folder), 5, 10)
+    found = find_checkpoint(CheckpointConfig(save=folder, load=folder))
+    assert found is not None and found.name == "iter_0000010"
+    found = find_checkpoint(CheckpointConfig(load=folder, ckpt_step=5))
+    assert found is not None and found.name == "iter_0000005"
+    with pytest.raises(CheckpointError, match=r"iteration 7.*Stored iterations: 5, 10"):
+        find_checkpoint(CheckpointConfig(load=folder, ckpt_step=7))
+    Path(folder, layout.LATEST_FILE).write_text("ten")
+    with pytest.raises(CheckpointError, match="'ten'"):
+        find_checkpoint(CheckpointConfig(load=folder))
+
+
+def test_a_run_does_not_overwrite_another(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    fresh = small_config(save=folder)
+    prepare_folder(fresh)
+    _publish(Path(folder), 5)
+    with pytest.raises(CheckpointError, match="add --load"):
+        prepare_folder(fresh)
+    prepare_folder(small_config(save=folder, load=folder))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot create"):
+        prepare_folder(small_config(save=str(tmp_path / "file" / "run")))
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    _publish(tmp_path, 5)
+    assert read_config(tmp_path / "iter_0000005") == small_config()
+
+
+def test_a_config_of_another_version(tmp_path: Path) -> None:
+    _publish(tmp_path, 5)
+    with (tmp_path / "iter_0000005" / layout.CONFIG_FILE).open("a") as file:
+        file.write("setting_of_the_future: 1\n")
+    with pytest.raises(CheckpointError, match="setting_of_the_future"):
+        read_config(tmp_path / "iter_0000005")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_layers": 3}, "num_layers: 2 in the checkpoint, 3 now"),
+        ({"hidden_size": 64, "kv_channels": 8}, "hidden_size: 32 in the checkpoint, 64 now"),
+        ({"vocab_size": 70}, "padded vocabulary (vocab_size): 64 in the checkpoint, 72 now"),
+        ({"normalization": "LayerNorm"}, "normalization: RMSNorm in the checkpoint, LayerNorm now"),
+    ],
+)
+def test_other_shapes_are_named(change: dict, named: str) -> None:
+    assert shape_differences(small_config(), small_config(**change)) == [named]
+
+
+def test_learned_positions_have_a_shape() -> None:
+    learned = {"position_embedding_type": "learned_absolute"}
+    short = small_config(max_position_embeddings=16, **learned)
+    long = small_config(max_position_embeddings=32, **learned)
+    assert shape_differences(short, long)
+    rope = small_config(max_position_embeddings=16), small_config(max_position_embeddings=32)
+    assert not shape_differences(*rope)
+
+
+def test_other_changes_are_reported_unless_they_do_nothing() -> None:
+    before = small_config(lr=1e-3, log_interval=1, save="a")
+    now = small_config(lr=2e-3, log_interval=5, save="b", num_workers=7)
+    assert other_differences(before, now) == [
+        "lr: 0.001 in the checkpoint, 0.002 now",
+        "min_lr: 0.0001 in the checkpoint, 0.0002 now",
+    ]
+    assert not shape_differences(before, now)
+
+
+def test_no_setting_is_forgotten_by_accident() -> None:
+    """Names in the comparison are names of settings."""
+    from megatron_ponder.checkpoint.comparison import RUN_SETTINGS, SHAPE_SETTINGS
+
+    assert set(RunConfig().to_flat_dict()) > RUN_SETTINGS | set(SHAPE_SETTINGS)
