@@ -1,0 +1,88 @@
+"""Micro-batches for one data-parallel rank, in an order that no layout changes.
+
+The samples of training iteration i (from 0) are i*g .. (i+1)*g - 1 of the dataset, g being the global
+batch size. Within them ranks take turns in blocks of one micro-batch. So the position in the data is
+one number, `consumed_samples`, and resuming needs no more than that.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_ponder.errors import DataError
+
+KEYS = ("tokens", "labels", "loss_mask")
+
+
+def build_loader(
+    dataset: Dataset,
+    *,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    consumed_samples: int,
+    num_workers: int,
+    vocab_size: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of this rank, from where the run is to the end of the dataset.
+
+    Args:
+        dataset: from `build_datasets`.
+        micro_batch_size: sequences per batch.
+        data_parallel_rank: this rank's.
+        data_parallel_size: number of ranks that share the samples.
+        consumed_samples: samples that all ranks together have used before.
+        num_workers: loading processes; 0 loads in this one.
+        vocab_size: ids must be below this.
+
+    Yields:
+        `tokens`, `labels`: int64 [b, s]; `loss_mask`: fp32 [b, s]; on the CPU, pinned if there is CUDA.
+
+    Raises:
+        DataError: an id does not fit the vocabulary.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_MicroBatches(
+            num_samples=len(dataset),  # type: ignore[arg-type]
+            first_sample=consumed_samples + data_parallel_rank * micro_batch_size,
+            micro_batch_size=micro_batch_size,
+            stride=data_parallel_size * micro_batch_size,
+        ),
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for batch in loader:
+        largest = int(torch.maximum(batch["tokens"].max(), batch["labels"].max()))
+        if largest >= vocab_size:
+            raise DataError(
+                f"the data has token id {largest}, but the model's vocabulary ends at "
+                f"{vocab_size - 1}. The data was made with another tokenizer; preprocess it with "
+                "this one, or give the --tokenizer-model and --vocab-size it was made with."
+            )
+        yield batch
+
+
+class _MicroBatches(torch.utils.data.Sampler[list[int]]):
+    """Consecutive samples in blocks of a micro-batch, every `stride` samples."""
+
+    def __init__(
+        self, *, num_samples: int, first_sample: int, micro_batch_size: int, stride: int
+    ) -> None:
+        self._starts = range(first_sample, num_samples - micro_batch_size + 1, stride)
+        self._micro_batch_size = micro_batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self._starts:
+            yield list(range(start, start + self._micro_batch_size))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+
+def _collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack what training uses."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}

@@ -1,0 +1,171 @@
+"""Tokenizers behind one interface: SentencePiece, Hugging Face `tokenizers`, or none.
+
+Imports no torch, so that preprocessing workers start quickly. The attributes are those that
+megatron-core's datasets ask for. Left out: chat templates, and anything that needs remote code.
+"""
+
+import abc
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from megatron_ponder.config.schema import DataConfig
+from megatron_ponder.errors import DataError
+
+COMMON_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back."""
+
+    vocab_size: int
+    """Ids are below this."""
+    eod: int
+    """Id that ends a document."""
+    pad: int = -1
+    """No id is padding: sequences are packed."""
+    unique_identifiers: dict[str, str]
+    """What tells this tokenizer from others, by content (megatron-core keys index caches by it)."""
+
+    @abc.abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, without any that mark its begin or end."""
+
+    @abc.abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`tokenize` of each text."""
+        return [self.tokenize(text) for text in texts]
+
+
+def build_tokenizer(config: DataConfig, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer that the settings name.
+
+    Args:
+        config: `tokenizer_type` and `tokenizer_model`.
+        vocab_size: needed by NullTokenizer only.
+
+    Raises:
+        DataError: the model is missing or is not what the type says.
+    """
+    if config.tokenizer_type == "NullTokenizer":
+        return NullTokenizer(vocab_size)
+    if config.tokenizer_model is None:
+        raise DataError(f"--tokenizer-type {config.tokenizer_type} needs --tokenizer-model.")
+    path = Path(config.tokenizer_model)
+    if not path.exists():
+        raise DataError(f"--tokenizer-model {path}: no such file.")
+    if config.tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(path)
+    return HuggingFaceTokenizer(path)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece .model file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                f"--tokenizer-model {path}: not a SentencePiece model ({error}). For a tokenizers "
+                "JSON file use --tokenizer-type HuggingFaceTokenizer."
+            ) from None
+        self.vocab_size = self._model.vocab_size()
+        self.eod = self._model.eos_id()
+        if self.eod < 0:
+            raise DataError(f"--tokenizer-model {path}: the model has no end-of-sequence piece.")
+        self.unique_identifiers = _identifiers("SentencePieceTokenizer", path)
+
+    def tokenize(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        return self._model.encode(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return self._model.decode(list(ids))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizers JSON file, or a folder with tokenizer.json (and tokenizer_config.json)."""
+
+    def __init__(self, path: Path) -> None:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(
+                f"--tokenizer-model {file}: not a tokenizers JSON file ({error}). For a "
+                "SentencePiece model use --tokenizer-type SentencePieceTokenizer."
+            ) from None
+        self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
+        self.eod = self._find_end_token(file)
+        self.unique_identifiers = _identifiers("HuggingFaceTokenizer", file)
+
+    def tokenize(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See Tokenizer."""
+        return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return self._model.decode(list(ids), skip_special_tokens=False)
+
+    def _find_end_token(self, file: Path) -> int:
+        """The id of tokenizer_config.json's eos_token, or of a common name for it."""
+        names = list(COMMON_END_TOKENS)
+        config_file = file.parent / "tokenizer_config.json"
+        if config_file.exists():
+            stated = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token")
+            stated = stated.get("content") if isinstance(stated, dict) else stated
+            names = [stated, *names] if stated else names
+        for name in names:
+            if (token := self._model.token_to_id(name)) is not None:
+                return token
+        raise DataError(
+            f"--tokenizer-model {file}: no token that ends documents. Name it as eos_token in "
+            f"{config_file.name} beside it."
+        )
+
+
+class NullTokenizer(Tokenizer):
+    """Text that is ids already, separated by blanks; the last id ends documents."""
+
+    def __init__(self, vocab_size: int | None) -> None:
+        if vocab_size is None:
+            raise DataError("--tokenizer-type NullTokenizer needs --vocab-size.")
+        self.vocab_size = vocab_size
+        self.eod = vocab_size - 1
+        self.unique_identifiers = {"class": "NullTokenizer", "vocab_size": str(vocab_size)}
+
+    def tokenize(self, text: str) -> list[int]:
+        """See Tokenizer.
+
+        Raises:
+            DataError: something is not an id.
+        """
+        try:
+            ids = [int(part) for part in text.split()]
+        except ValueError as error:
+            raise DataError(f"NullTokenizer: {error}") from None
+        if any(not 0 <= token < self.vocab_size for token in ids):
+            raise DataError(f"NullTokenizer: ids must be from 0 to {self.vocab_size - 1}.")
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return " ".join(map(str, ids))
+
+
+def _identifiers(kind: str, file: Path) -> dict[str, str]:
+    """Kind and content hash: a moved file is the same tokenizer, a changed one is not."""
+    return {"class": kind, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

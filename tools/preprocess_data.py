@@ -1,0 +1,34 @@
+"""Tokenizes a corpus into an indexed dataset for training.
+
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \
+        --tokenizer-model tokenizer.model --append-eod --workers 8
+
+writes data/corpus_text_document.bin and .idx, which training takes as
+--data-path data/corpus_text_document. A damaged corpus stops with file, line and reason.
+"""
+
+import sys
+
+import tyro
+
+from megatron_ponder.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse flags and preprocess."""
+    from megatron_ponder.data.preprocess import PreprocessConfig, preprocess
+
+    config = tyro.cli(PreprocessConfig, description=__doc__)
+    summary = preprocess(config)
+    print(
+        f"{summary.num_read} documents read = {summary.num_written} written "
+        f"+ {summary.num_empty} empty"
+    )
+    for key, num_tokens in summary.num_tokens.items():
+        prefix = f"{config.output_prefix}_{key}_document"
+        print(f"{prefix}: {num_tokens} tokens from {summary.num_input_bytes} bytes of input")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
