@@ -1,8 +1,8 @@
-"""Core attention on torch's scaled_dot_product_attention: causal over the interleaved slots.
+"""Attention over the interleaved slots: plain causal, on torch's scaled_dot_product_attention.
 
 megatron-core's own unfused core attention materialises the score matrix and draws dropout from the
-CUDA generator. This one runs on every device and lets torch choose the kernel. It knows nothing of
-stages or thoughts: the interleaved sequence is plain causal.
+CUDA generator. This one runs on every device and lets torch choose the kernel. Nothing here knows of
+stages or thoughts; what slots of a token share is in the rotary table.
 """
 
 import math
@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_ponder.kernels.rotary import apply_rotary
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -78,3 +81,36 @@ class SdpaCoreAttention(torch.nn.Module):
             context = F.scaled_dot_product_attention(query, key, value, **kwargs)
         # [b, heads, s, d] -> [s, b, heads * d]
         return context.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+class RotarySelfAttention(SelfAttention):
+    """megatron-core's self-attention for training, rotating by a table made once per pass.
+
+    megatron-core's own forward computes cosines and sines in every layer and serves caches, flash
+    decoding and packed sequences besides.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend and project.
+
+        Args:
+            hidden_states: [slots, b, h] (this rank's slots under sequence parallelism).
+            attention_mask: None; causality is built in.
+            rotary_pos_emb: from `kernels.rotary.rotary_table`; None without rotary positions.
+            unused: what megatron-core's layer passes for its own forward; all None.
+
+        Returns:
+            [slots, b, h], and the bias that the caller adds (None without biases).
+        """
+        assert all(value is None for value in unused.values()), unused
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if rotary_pos_emb is not None:
+            query = apply_rotary(query, rotary_pos_emb)
+            key = apply_rotary(key, rotary_pos_emb)
+        return self.linear_proj(self.core_attention(query, key, value, attention_mask))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_ponder.config.resolve import padded_vocab_size
 from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.kernels.rotary import rotary_table
 from megatron_ponder.model.embedding import PonderEmbedding
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.padded_vocab import mask_padded_columns
@@ -144,8 +145,8 @@ class PonderGPTModel(LanguageModule):
         """
         rotary = None
         if self.rotary_pos_emb is not None:
-            # [s, 1, 1, d] -> [s * stages, 1, 1, d]
-            rotary = self.rotary_pos_emb(num_tokens).repeat_interleave(pass_.num_stages, dim=0)
+            angles = self.rotary_pos_emb(num_tokens)
+            rotary = rotary_table(angles, pass_.num_stages, hidden.dtype)
         return self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary)
 
     def read(self, pass_: Pass, hidden: Tensor) -> Tensor:

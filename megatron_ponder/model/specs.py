@@ -7,13 +7,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_ponder.config.schema import ModelConfig
-from megatron_ponder.model.attention import SdpaCoreAttention
+from megatron_ponder.model.attention import RotarySelfAttention, SdpaCoreAttention
 from megatron_ponder.model.layer import ParallelResidualLayer, get_bias_dropout_add
 from megatron_ponder.model.norm import Norm
 
 
 def layer_spec(model: ModelConfig) -> ModuleSpec:
-    """megatron-core's local layer with our core attention, norms and residual add.
+    """megatron-core's local layer with our attention, norms and residual add.
 
     Starts from megatron-core's own spec, so that what it changes between versions (how `mlp` is
     described, for one) stays its own business. Checkpoint keys of the norms are mapped to those of
@@ -28,7 +28,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             input_layernorm=Norm,
             pre_mlp_layernorm=Norm,
             self_attention=ModuleSpec(
-                module=attention.module,
+                module=RotarySelfAttention,
                 params=attention.params,
                 submodules=dataclasses.replace(
                     attention.submodules, core_attention=SdpaCoreAttention

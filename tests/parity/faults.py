@@ -10,7 +10,7 @@ import torch
 
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.ponder.interleave import select_stages
-from megatron_ponder.ponder.plan import PassPlan
+from megatron_ponder.ponder.plan import Pass, PassPlan
 
 
 def _shifted_label(model: PonderGPTModel) -> None:
@@ -26,21 +26,13 @@ def _shifted_label(model: PonderGPTModel) -> None:
 def _position_per_slot(model: PonderGPTModel) -> None:
     """Rotary or learned positions count slots instead of tokens."""
     if model.rotary_pos_emb is not None:
-        table = model.rotary_pos_emb
+        run_layers = model.run_layers
 
-        class PerSlot:
-            def __call__(self, num_tokens):
-                return _Whole(table, num_tokens)
+        def run_layers_per_slot(pass_, hidden, num_tokens):
+            one_stage = Pass(index=pass_.index, num_stages=1, read_stages=range(1))
+            return run_layers(one_stage, hidden, num_tokens * pass_.num_stages)
 
-        class _Whole:
-            def __init__(self, table, num_tokens):
-                self.table, self.num_tokens = table, num_tokens
-
-            def repeat_interleave(self, num_stages, dim):
-                return self.table(self.num_tokens * num_stages)
-
-        del model.rotary_pos_emb
-        model.rotary_pos_emb = PerSlot()
+        model.run_layers = run_layers_per_slot
         return
 
     def per_slot(slots, num_stages):

@@ -1,0 +1,1 @@
+"""Tensor functions that the passes are made of, without communication and without state."""
