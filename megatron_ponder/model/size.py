@@ -1,0 +1,137 @@
+"""How large a model is and what a forward costs, from its shape alone. Plain arithmetic, no torch.
+
+Parameters are those of the stock model that an export gives: without the rows that pad the
+vocabulary. Thoughts add none.
+
+Floating-point operations are those of matrix products, two per multiplication and addition:
+
+    linear     2 x slots x weights of the layers' linear modules
+    attention  Q K^T and the weighted sum of V, half of the square: 2 x slots^2 x heads x d a layer
+    head       2 x tokens x hidden x vocabulary, once, in the pass that the loss reads
+
+A pass with n stages has n x tokens slots. Norms, activations, softmax, rotary positions, biases and
+embedding look-ups are not counted, and neither are the rows that pad the vocabulary, nor anything
+that is computed twice to save memory. Causal attention is counted as half of the square, which is
+what an ideal kernel does; a kernel that computes the whole square gets no credit for it. Every
+pass counts all of its slots in every layer, read or not: that is what is run.
+
+The backward of a matrix product is two products of the same size: a training step is three times
+its forward (`train.metrics.FLOPS_PER_FORWARD_FLOP`).
+"""
+
+import dataclasses
+
+from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.ponder.plan import PassPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Number of parameters by part of the model."""
+
+    embedding: int
+    """Token embeddings, vocab x h."""
+    positions: int
+    """Learned positions; 0 with rotary ones."""
+    layers: int
+    """All transformer layers."""
+    final_norm: int
+    """The norm behind the last layer."""
+    head: int
+    """Output layer; 0 where it is tied to the embedding."""
+    total: int
+    """All of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassFlops:
+    """FLOPs of one pass over one sequence."""
+
+    linear: int
+    """Linear modules of the layers."""
+    attention: int
+    """Causal attention, half of the square."""
+    head: int
+    """Output layer; 0 in all passes but the last."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.attention + self.head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlopCounts:
+    """FLOPs of one forward over one sequence."""
+
+    passes: tuple[PassFlops, ...]
+    """In the order of the plan."""
+
+    @property
+    def total(self) -> int:
+        """All passes."""
+        return sum(p.total for p in self.passes)
+
+
+def count_parameters(model: ModelConfig) -> ParameterCounts:
+    """Parameters of a model.
+
+    Args:
+        model: resolved.
+    """
+    assert model.vocab_size is not None and model.max_position_embeddings is not None
+    hidden = model.hidden_size
+    has_learned_positions = model.position_embedding_type == "learned_absolute"
+    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
+    linear_modules = _linear_modules(model)
+    layer = sum(inputs * outputs for inputs, outputs in linear_modules) + 2 * norm
+    if model.add_bias_linear:
+        layer += sum(outputs for _, outputs in linear_modules)
+    embedding = model.vocab_size * hidden
+    positions = model.max_position_embeddings * hidden if has_learned_positions else 0
+    layers = model.num_layers * layer
+    head = embedding if model.untie_embeddings_and_output_weights else 0
+    return ParameterCounts(
+        embedding=embedding,
+        positions=positions,
+        layers=layers,
+        final_norm=norm,
+        head=head,
+        total=embedding + positions + layers + norm + head,
+    )
+
+
+def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCounts:
+    """FLOPs of one forward over one sequence; the module says what is counted.
+
+    Args:
+        model: resolved.
+        plan: the passes that are run.
+        seq_length: tokens in the sequence.
+    """
+    assert model.vocab_size is not None and model.kv_channels is not None
+    linear_weights = sum(inputs * outputs for inputs, outputs in _linear_modules(model))
+    attention_width = model.num_attention_heads * model.kv_channels
+    head = 2 * seq_length * model.hidden_size * model.vocab_size
+    passes = []
+    for pass_ in plan.passes:
+        slots = pass_.num_stages * seq_length
+        passes.append(
+            PassFlops(
+                linear=model.num_layers * 2 * slots * linear_weights,
+                attention=model.num_layers * 2 * slots**2 * attention_width,
+                head=head if plan.is_last(pass_) else 0,
+            )
+        )
+    return FlopCounts(passes=tuple(passes))
+
+
+def _linear_modules(model: ModelConfig) -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's linear modules: QKV, attention output, MLP in, MLP out."""
+    assert model.kv_channels is not None and model.num_query_groups is not None
+    assert model.ffn_hidden_size is not None
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    attention_width = model.num_attention_heads * model.kv_channels
+    qkv_width = attention_width + 2 * model.num_query_groups * model.kv_channels
+    mlp_width = 2 * ffn if model.activation == "swiglu" else ffn
+    return [(hidden, qkv_width), (attention_width, hidden), (hidden, mlp_width), (ffn, hidden)]
