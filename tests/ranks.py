@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, for tests of layouts.
+"""Runs a function on several ranks (gloo, or nccl where there is CUDA), for tests of layouts.
 
 Ranks are forked from a server process that has imported torch and megatron-core once, so that a
 layout starts in a second instead of ten. They meet through a file store. A rank that fails, dies or
@@ -83,8 +83,9 @@ def _rank_main(
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         try:
             store = torch.distributed.FileStore(str(Path(folder, "store")), world_size)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size
+                backend, store=store, rank=rank, world_size=world_size
             )
             result = function(*args)
             torch.save(result, Path(folder, f"result{rank}.pt"))

@@ -20,6 +20,7 @@ from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.gradients import wrap_data_parallel
 from megatron_ponder.parallel.schedule import run_microbatches
 from megatron_ponder.runtime import distributed
+from megatron_ponder.runtime.device import device
 
 
 @dataclasses.dataclass
@@ -130,11 +131,11 @@ def run_step(
 def gather_logits(model: PonderGPTModel, tokens: Tensor, plan: object) -> Tensor:
     """Logits of the whole vocabulary in evaluation mode."""
     model.eval()
-    local = model(tokens, None, plan).contiguous()
+    local = model(tokens.to(device()), None, plan).contiguous()
     model.train()
     parts = [torch.empty_like(local) for _ in range(distributed.ranks().tensor_parallel_size)]
     dist.all_gather(parts, local, group=distributed.tensor_parallel_group())
-    return torch.cat(parts, dim=-1)[..., : model.shape.vocab_size]
+    return torch.cat(parts, dim=-1)[..., : model.shape.vocab_size].cpu()
 
 
 def gather_gradients(wrapped: DistributedDataParallel) -> dict[str, Tensor]:
@@ -155,9 +156,9 @@ def gather_shards(parameter: Tensor, tensor: Tensor, model: PonderGPTModel) -> T
     """`tensor`, sharded as `parameter` is, put together over the tensor-parallel ranks."""
     group = distributed.tensor_parallel_group()
     if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
-        return tensor.clone()
+        return tensor.clone().cpu()
     shards = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(shards, tensor.contiguous(), group=group)
     dim, stride = parameter.partition_dim, parameter.partition_stride
     pieces = [shard.chunk(stride, dim=dim) for shard in shards]
-    return torch.cat([pieces[r][k] for k in range(stride) for r in range(len(shards))], dim=dim)
+    return torch.cat([pieces[r][k] for k in range(stride) for r in range(len(shards))], dim=dim).cpu()

@@ -1,4 +1,4 @@
-"""The one table of tolerances, each with its reason (fp32)."""
+"""The one table of tolerances, each with its reason (fp32, unless it says bf16)."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ GRADIENT_RELATIVE = 1e-4
 """Of a gradient's largest entry, between layouts: summation order over ranks and tokens."""
 GOLDEN_GRADIENT_RELATIVE = 1e-5
 """Of a gradient's largest entry, against the authors' code (tests/golden)."""
+BF16_LOSS_ABSOLUTE = 1e-2
+"""bf16 keeps 8 bits: each rounding is up to 0.4%, averaged over a batch of tokens; the loss is about 5."""
 WEIGHTS_ABSOLUTE = 1e-5
 """After five AdamW steps with eps 1e-5; a smaller eps amplifies gradients that are rounding noise."""
 
