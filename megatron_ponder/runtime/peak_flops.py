@@ -15,8 +15,8 @@ the sparse rate only are halved):
     B200, B300          2250    DGX B200 data sheet (eight devices: 36 PFLOP/s sparse), HGX B300
     GB200, GB300        2500    GB200 NVL72 (72 devices: 360 PFLOP/s sparse)
 
-Left out: fp32, whose peak depends on whether TF32 is allowed, and devices not in the table; for those
-a run reports TFLOP/s without MFU.
+Left out: fp32, whose peak depends on whether TF32 is allowed, and devices that the table lacks; for
+them a run reports TFLOP/s without MFU.
 """
 
 import re
