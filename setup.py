@@ -1,0 +1,38 @@
+"""Package metadata and dependencies. Install torch==2.13.0 first where a particular build is wanted."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_ponder",
+    version="0.1.0",
+    description="Pretraining of language models with latent thoughts on megatron-core",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_ponder", "megatron_ponder.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
+        "numpy",
+        "tyro>=1.0",
+        "pyyaml",
+        "sentencepiece>=0.2",
+        "tokenizers",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "safetensors",
+            "types-PyYAML",
+            "types-tqdm",
+            "types-psutil",
+        ],
+        "wandb": ["wandb"],
+    },
+)
