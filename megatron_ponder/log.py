@@ -21,8 +21,9 @@ PROGRESS_INTERVAL_S = 5.0
 def configure() -> None:
     """Send this package's log to stdout; harmless when called again.
 
-    Also silences megatron-core's import-time warnings about absent accelerator libraries: this
-    package chooses its backends itself and logs each choice.
+    Also silences two kinds of warnings that are no business of a user: megatron-core's about absent
+    accelerator libraries, and torch's about calls that megatron-core makes. To have any effect it
+    has to be called before those libraries are imported.
     """
     rank = _rank()
     logger = logging.getLogger(PACKAGE_LOGGER)
@@ -36,6 +37,7 @@ def configure() -> None:
     logger.handlers = [handler]
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
 
 
 def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from megatron_ponder import log
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import PonderError, exit_on_user_error
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)
+        log.configure()
         from megatron_ponder.train.run import run
 
         run(config)

@@ -87,18 +87,46 @@ def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None
 
 def _sizes(config: RunConfig) -> Iterator[str]:
     """Settings that count something."""
-    at_least_one = (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-        "max_position_embeddings vocab_size make_vocab_size_divisible_by "
-        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
-        "distributed_timeout_minutes seq_length train_iters micro_batch_size global_batch_size "
-        "exit_interval exit_duration_in_mins lr_decay_iters lr_wsd_decay_iters save_interval "
-        "ckpt_step keep_checkpoints log_interval"
-    ).split()
-    at_least_zero = (
-        "num_latent_thoughts num_jacobi_iterations min_jacobi_iterations num_workers seed "
-        "eval_interval eval_iters lr_warmup_iters weight_decay clip_grad init_method_std"
-    ).split()
+    at_least_one = [
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "max_position_embeddings",
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "distributed_timeout_minutes",
+        "seq_length",
+        "train_iters",
+        "micro_batch_size",
+        "global_batch_size",
+        "exit_interval",
+        "exit_duration_in_mins",
+        "lr_decay_iters",
+        "lr_wsd_decay_iters",
+        "save_interval",
+        "ckpt_step",
+        "keep_checkpoints",
+        "log_interval",
+    ]
+    at_least_zero = [
+        "num_latent_thoughts",
+        "num_jacobi_iterations",
+        "min_jacobi_iterations",
+        "num_workers",
+        "seed",
+        "eval_interval",
+        "eval_iters",
+        "lr_warmup_iters",
+        "weight_decay",
+        "clip_grad",
+        "init_method_std",
+    ]
     values = config.to_flat_dict()
     for names, least in ((at_least_one, 1), (at_least_zero, 0)):
         for name in names:

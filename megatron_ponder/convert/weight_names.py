@@ -115,9 +115,7 @@ def _split_qkv(weight: Tensor, model: ModelConfig) -> list[Tensor]:
     groups, rest = model.num_query_groups, weight.shape[1:]
     by_group = weight.reshape(groups, -1, model.kv_channels, *rest)
     queries = by_group.size(1) - 2
-    return [
-        part.reshape(-1, *rest).contiguous() for part in by_group.split((queries, 1, 1), dim=1)
-    ]
+    return [part.reshape(-1, *rest).contiguous() for part in by_group.split((queries, 1, 1), dim=1)]
 
 
 def _same(ours: str, theirs: str) -> Rule:

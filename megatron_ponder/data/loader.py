@@ -5,6 +5,7 @@ batch size. Within them ranks take turns in blocks of one micro-batch. So the po
 one number, `consumed_samples`, and resuming needs no more than that.
 """
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +55,10 @@ def build_loader(
         collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
+        # One of its own: starting a loader draws a number, and would move the default generator,
+        # which dropout on CPU draws from, at other places in a resumed run.
+        generator=torch.Generator(),
     )
     for batch in loader:
         largest = int(torch.maximum(batch["tokens"].max(), batch["labels"].max()))
@@ -81,6 +86,12 @@ class _MicroBatches(torch.utils.data.Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self._starts)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave stopping to the training process, which ends its iteration before it stops."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -56,9 +56,7 @@ class PonderEmbedding(MegatronModule):
                 device=torch.cuda.current_device(),
             )
             # Each rank reads the rows of its own slots: gradients are partial sums, as for norms.
-            setattr(
-                self.position_embeddings.weight, "sequence_parallel", config.sequence_parallel
-            )
+            setattr(self.position_embeddings.weight, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scaled token embeddings.

@@ -11,7 +11,7 @@ OutputAndBias = tuple[Tensor, Tensor | None]
 
 
 def get_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """residual + dropout(x + bias), as megatron-core's function of this name, but without dropout
+    """Residual + dropout(x + bias), as megatron-core's function of this name, but without dropout
     it draws no mask: torch's dropout does at probability 0 too, which costs more than the add.
 
     Args:

@@ -14,10 +14,10 @@ The three steps are methods of their own, because pipeline parallelism runs them
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -133,7 +133,9 @@ class PonderGPTModel(LanguageModule):
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
         """The input of the first layer, [s * stages, b, h] (local under sequence parallelism)."""
         slots = self.method.build_input(pass_, token_embeddings, carry)
-        return self.embedding.add_positions(slots, pass_.num_stages) if pass_.add_positions else slots
+        return (
+            self.embedding.add_positions(slots, pass_.num_stages) if pass_.add_positions else slots
+        )
 
     def run_layers(self, pass_: Pass, hidden: Tensor, num_tokens: int) -> Tensor:
         """All layers of this stage; every slot of a token has the token's position.

@@ -61,9 +61,7 @@ def _forward_step(
     batches: Iterator[Batch], model: DistributedDataParallel, *, plan: PassPlan
 ) -> tuple[Tensor, functools.partial]:
     """One micro-batch: the token losses, and how to reduce them (megatron-core's protocol)."""
-    batch = {
-        name: tensor.to(device(), non_blocking=True) for name, tensor in next(batches).items()
-    }
+    batch = {name: tensor.to(device(), non_blocking=True) for name, tensor in next(batches).items()}
     token_losses = model(batch["tokens"], batch["labels"], plan)
     return token_losses, functools.partial(_sum_loss, batch["loss_mask"])
 

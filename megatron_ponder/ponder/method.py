@@ -25,6 +25,7 @@ from megatron_ponder.ponder.plan import Pass, PassPlan
 
 METHODS_PACKAGE = "megatron_ponder.ponder.methods"
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
     """A training method with its settings. Frozen and without tensors."""

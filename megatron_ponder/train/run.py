@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 import megatron_ponder
-from megatron_ponder import log
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.reader import find_checkpoint, load_checkpoint
 from megatron_ponder.checkpoint.writer import prepare_folder
@@ -26,6 +25,7 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.data.datasets import build_datasets
 from megatron_ponder.data.loader import build_loader
 from megatron_ponder.data.tokenizers import build_tokenizer
+from megatron_ponder.errors import DataError
 from megatron_ponder.model.build import build_model
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.optim.adamw import build_optimizer
@@ -56,7 +56,6 @@ def run(config: RunConfig) -> None:
         PonderError: the run cannot work, with what to change.
     """
     start_s = time.monotonic()
-    log.configure()
     tokenizer = build_tokenizer(config.data, config.model.vocab_size)
     config = resolve(
         config,
@@ -117,20 +116,31 @@ def _training_data(
 def _reader(config: RunConfig, dataset: Any, consumed_samples: int) -> Batches:
     """What starts reading `dataset` at a sample."""
     here = ranks()
+    assert config.model.vocab_size is not None
 
     def start() -> Iterator[Batch]:
-        return iter(
-            build_loader(
-                dataset,
-                micro_batch_size=config.training.micro_batch_size,
-                data_parallel_rank=here.data_parallel_rank,
-                data_parallel_size=here.data_parallel_size,
-                consumed_samples=consumed_samples,
-                num_workers=config.data.num_workers,
-            )
+        yield from build_loader(
+            dataset,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=here.data_parallel_rank,
+            data_parallel_size=here.data_parallel_size,
+            consumed_samples=consumed_samples,
+            num_workers=config.data.num_workers,
+            vocab_size=config.model.vocab_size,
+        )
+        raise DataError(
+            f"the data ends after {len(dataset)} samples, before the run does: give more data, or "
+            "fewer --train-iters or --eval-iters."
         )
 
     return start
+
+
+def _device_name() -> str:
+    """The device of a rank, in words."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads per rank)"
 
 
 def _describe(config: RunConfig, trainee: Trainee) -> None:
@@ -139,14 +149,12 @@ def _describe(config: RunConfig, trainee: Trainee) -> None:
         return
     logger.info("config:\n%s", dump_yaml(config).rstrip())
     here, training = ranks(), config.training
-    kind = torch.cuda.get_device_name() if device().type == "cuda" else platform.processor()
     logger.info(
-        "%d ranks (tensor parallel %d, data parallel %d) on %s %s; host %s, folder %s",
+        "ranks: %d (tensor parallel %d, data parallel %d), device %s, host %s, folder %s",
         here.world_size,
         here.tensor_parallel_size,
         here.data_parallel_size,
-        device().type,
-        kind,
+        _device_name(),
         platform.node(),
         Path.cwd(),
     )

@@ -161,4 +161,6 @@ def gather_shards(parameter: Tensor, tensor: Tensor, model: PonderGPTModel) -> T
     dist.all_gather(shards, tensor.contiguous(), group=group)
     dim, stride = parameter.partition_dim, parameter.partition_stride
     pieces = [shard.chunk(stride, dim=dim) for shard in shards]
-    return torch.cat([pieces[r][k] for k in range(stride) for r in range(len(shards))], dim=dim).cpu()
+    return torch.cat(
+        [pieces[r][k] for k in range(stride) for r in range(len(shards))], dim=dim
+    ).cpu()

@@ -88,7 +88,9 @@ LAYOUTS = {
 def config_of(model: str, settings: dict, world_size: int) -> RunConfig:
     """The resolved config of a model on a layout."""
     return resolve(
-        COMMON.replaced(**MODELS[model], **settings), world_size=world_size, tokenizer_vocab_size=101
+        COMMON.replaced(**MODELS[model], **settings),
+        world_size=world_size,
+        tokenizer_vocab_size=101,
     )
 
 

@@ -21,7 +21,8 @@ def test_is_a_complex_rotation_at_the_tokens_position(num_stages, d, r):
     y = apply_rotary(x, table)
     for slot in range(x.size(0)):
         turn = torch.polar(
-            torch.ones(r, dtype=torch.float64), angles_of(num_tokens, r)[slot // num_stages, 0, 0, :r]
+            torch.ones(r, dtype=torch.float64),
+            angles_of(num_tokens, r)[slot // num_stages, 0, 0, :r],
         )
         turned = torch.complex(x[slot, ..., :r], x[slot, ..., r : 2 * r]) * turn
         torch.testing.assert_close(y[slot, ..., :r], turned.real)

@@ -58,7 +58,11 @@ def test_unknown_method_names_the_known_ones():
 
 
 @given(
-    s=st.integers(1, 5), b=st.integers(1, 3), h=st.integers(1, 4), n=st.integers(1, 4), data=st.data()
+    s=st.integers(1, 5),
+    b=st.integers(1, 3),
+    h=st.integers(1, 4),
+    n=st.integers(1, 4),
+    data=st.data(),
 )
 def test_interleave_and_select_slot_by_slot(s, b, h, n, data):
     embeddings = torch.randn(s, b, h)
@@ -81,9 +85,7 @@ def test_interleaving_commutes_with_shards():
     """What sequence parallelism relies on: shard tokens then interleave = interleave then shard."""
     embeddings, thoughts = torch.randn(8, 2, 3), torch.randn(16, 2, 3)
     whole = interleave(embeddings, thoughts)
-    shards = [
-        interleave(e, t) for e, t in zip(embeddings.chunk(4), thoughts.chunk(4), strict=True)
-    ]
+    shards = [interleave(e, t) for e, t in zip(embeddings.chunk(4), thoughts.chunk(4), strict=True)]
     assert torch.equal(torch.cat(shards), whole)
 
 

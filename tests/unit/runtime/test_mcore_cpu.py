@@ -52,6 +52,8 @@ def test_tracker_gives_tensor_parallel_regions_their_own_stream():
 
 
 def test_only_one_file_patches_megatron_core():
-    pattern = re.compile(r"^\s*torch\.cuda\.\w+\s*=[^=]|setattr\(torch|torch\.Tensor\.\w+\s*=[^=]", re.M)
+    pattern = re.compile(
+        r"^\s*torch\.cuda\.\w+\s*=[^=]|setattr\(torch|torch\.Tensor\.\w+\s*=[^=]", re.M
+    )
     offenders = [p.name for p in PACKAGE.rglob("*.py") if pattern.search(p.read_text())]
     assert offenders in ([], ["mcore_cpu.py"])

@@ -1,0 +1,238 @@
+"""What came out: a picture of the loss curves, a table, a comparison in words, samples.
+
+Numbers are shown as they were measured, whichever way they point. Compute counts the matrix
+products of every pass that was run (`megatron_ponder.model.size`); R is drawn anew for every
+iteration, and each iteration is counted with its own.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_ponder.checkpoint.layout import (
+    CONFIG_FILE,
+    choose_iteration,
+    iteration_folder,
+)
+from megatron_ponder.config.parse import config_from_flat_dict
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.model.size import count_parameters, forward_flops
+from megatron_ponder.ponder.method import load_method
+from megatron_ponder.ponder.schedule import jacobi_iterations
+from training import read_metrics
+
+FLOPS_PER_FORWARD_FLOP = 3
+"""Training: the backward is two more forwards."""
+COLORS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#7c3aed")
+INK = "#1f2937"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """One trained model."""
+
+    name: str
+    """As it is shown."""
+    config: RunConfig
+    """Of its training, resolved."""
+    records: Sequence[dict[str, Any]]
+    """Its metrics.jsonl."""
+    evaluation: dict[str, Any]
+    """What tools/evaluate.py printed."""
+    sample: str
+    """What tools/generate.py printed."""
+
+    def curve(self, split: str) -> tuple[list[float], list[float], list[float]]:
+        """Tokens, training compute in FLOPs, and loss, at each record of a split."""
+        per_iteration = self.flops_by_iteration()
+        spent = [0.0, *itertools.accumulate(per_iteration)]
+        mine = [record for record in self.records if record["split"] == split]
+        return (
+            [record["consumed_tokens"] for record in mine],
+            [spent[record["iteration"]] for record in mine],
+            [record["lm_loss"] for record in mine],
+        )
+
+    def flops_by_iteration(self) -> list[float]:
+        """Training compute of each iteration."""
+        config = self.config
+        method = load_method(config.method)
+        assert config.training.global_batch_size is not None
+        factor = FLOPS_PER_FORWARD_FLOP * config.training.global_batch_size
+        by_rounds: dict[int, float] = {}
+        flops = []
+        for iteration in range(1, config.training.train_iters + 1):
+            r = jacobi_iterations(config.method, config.training.seed, iteration)
+            if r not in by_rounds:
+                forward = forward_flops(config.model, method.plan(r), config.data.seq_length)
+                by_rounds[r] = float(factor * forward.total)
+            flops.append(by_rounds[r])
+        return flops
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen in training."""
+        config = self.config
+        assert config.training.global_batch_size is not None
+        return (
+            config.training.train_iters * config.training.global_batch_size * config.data.seq_length
+        )
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training compute per token."""
+        return sum(self.flops_by_iteration()) / self.num_tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training speed over all ranks: the median of the log intervals."""
+        return statistics.median(
+            record["tokens_per_s"] for record in self.records if record["split"] == "train"
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return count_parameters(self.config.model).total
+
+
+def read_result(name: str, folder: Path, evaluation: Path, sample: Path) -> Result:
+    """What a training, an evaluation and a generation left.
+
+    Args:
+        name: of the model, as it is shown.
+        folder: its checkpoints and metrics.
+        evaluation: the JSON that tools/evaluate.py printed.
+        sample: the text that tools/generate.py printed.
+    """
+    checkpoint = iteration_folder(folder, choose_iteration(folder, None))
+    return Result(
+        name=name,
+        config=config_from_flat_dict(yaml.safe_load((checkpoint / CONFIG_FILE).read_text())),
+        records=read_metrics(folder / "metrics.jsonl"),
+        evaluation=json.loads(evaluation.read_text()),
+        sample=sample.read_text(),
+    )
+
+
+def draw_curves(results: Sequence[Result], path: Path) -> None:
+    """Training and validation loss, against tokens and against compute."""
+    style = {
+        "font.size": 11,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(12, 5), dpi=150, layout="constrained", facecolor="white")
+        axes = figure.subplots(1, 2, sharey=True)
+        for result, color in zip(results, COLORS, strict=False):
+            for split, look in (
+                ("train", {"linewidth": 1.0, "alpha": 0.4}),
+                ("valid", {"linewidth": 2.0, "marker": "o", "markersize": 4}),
+            ):
+                tokens, flops, losses = result.curve(split)
+                label = f"{result.name}, " + ("validation" if split == "valid" else "training")
+                axes[0].plot([n / 1e6 for n in tokens], losses, color=color, label=label, **look)
+                axes[1].plot([n / 1e12 for n in flops], losses, color=color, **look)
+        axes[0].set(xlabel="training tokens (millions)", ylabel="loss per token (nats)")
+        axes[0].set_title("at equal tokens", loc="left", fontweight="bold")
+        axes[1].set(xlabel="training compute (TFLOP, log scale)", xscale="log")
+        axes[1].set_title("at equal compute", loc="left", fontweight="bold")
+        axes[0].set_ylim(*_loss_limits(results))
+        for axis in axes:
+            axis.grid(color="#e5e7eb", linewidth=0.8, which="major")
+            axis.set_axisbelow(True)
+        axes[0].legend(frameon=False, loc="upper right")
+        unfinished = path.with_name(f".{path.name}")
+        FigureCanvasAgg(figure).print_png(unfinished)
+    unfinished.replace(path)
+
+
+def table(results: Sequence[Result]) -> str:
+    """One row per model."""
+    header = (
+        "model",
+        "parameters",
+        "tokens",
+        "compute/token",
+        "tokens/s",
+        "loss",
+        "perplexity",
+        "bits/byte",
+    )
+    rows = [
+        (
+            result.name,
+            f"{result.num_parameters / 1e6:.2f} M",
+            f"{result.num_tokens / 1e6:.2f} M",
+            f"{result.flops_per_token / 1e6:.1f} MFLOP",
+            f"{result.tokens_per_s:,.0f}",
+            f"{result.evaluation['loss']:.4f}",
+            f"{result.evaluation['perplexity']:.2f}",
+            f"{result.evaluation['bits_per_byte']:.4f}",
+        )
+        for result in results
+    ]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (header, *rows)
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def comparison(results: Sequence[Result]) -> str:
+    """Each model against the first, in words."""
+    first = results[0]
+    lines = []
+    for other in results[1:]:
+        difference = other.evaluation["loss"] - first.evaluation["loss"]
+        direction = "below" if difference < 0 else "above"
+        ratio = other.flops_per_token / first.flops_per_token
+        lines.append(
+            f"{other.name}: held-out loss {abs(difference):.3f} {direction} {first.name}'s after "
+            f"the same {other.num_tokens / 1e6:.1f} M tokens, with {ratio:.1f} times its compute "
+            "per token."
+        )
+    return "\n".join(lines)
+
+
+def write_report(results: Sequence[Result], path: Path) -> None:
+    """Table, comparison and samples as text."""
+    samples = "\n\n".join(
+        f"--- written by {result.name}\n{result.sample.rstrip()}" for result in results
+    )
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(
+        f"{table(results)}\n\n{comparison(results)}\n\n{samples}\n", encoding="utf-8"
+    )
+    unfinished.replace(path)
+
+
+def _loss_limits(results: Sequence[Result]) -> tuple[float, float]:
+    """Leave out the first steps, which would squeeze everything else."""
+    finals, starts = [], []
+    for result in results:
+        _, _, losses = result.curve("train")
+        finals += [min(losses), *result.curve("valid")[2]]
+        starts.append(losses[min(len(losses) - 1, len(losses) // 20)])
+    low, high = min(finals), max(starts)
+    return low - 0.08 * (high - low), high + 0.05 * (high - low)

@@ -1,0 +1,220 @@
+"""Scores text with a trained model: loss, perplexity and bits per byte; or dumps its logits.
+
+The text is one stream of ids, documents packed and ended as in training, that starts behind the
+end of a document. It is cut into windows of `seq_length` tokens that do not overlap, so that every
+token is predicted exactly once, from what stands before it in its window. The forward is the
+training path in evaluation mode. Left out: overlapping windows, and tasks.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from megatron_ponder import log
+from megatron_ponder.data.indexed import check_indexed_dataset
+from megatron_ponder.data.readers import find_inputs, read_documents
+from megatron_ponder.data.tokenizers import Tokenizer
+from megatron_ponder.errors import ConfigError, DataError
+from megatron_ponder.inference.loading import LoadedModel, loaded_model
+from megatron_ponder.inference.options import EvaluateOptions
+from megatron_ponder.runtime.distributed import is_rank_zero
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A text as the model reads it."""
+
+    ids: Tensor
+    """int64 [n + 1]: an end id, then the n ids that are predicted."""
+    num_bytes: int | None
+    """UTF-8 bytes of the text; None where ids stand for no text."""
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Do what tools/evaluate.py is asked for.
+
+    Returns:
+        What is printed, by name.
+
+    Raises:
+        PonderError: the checkpoint, the data or the options cannot be used.
+    """
+    with loaded_model(options.checkpoint) as loaded:
+        config = loaded.config
+        result: dict[str, Any] = {
+            "checkpoint": str(loaded.checkpoint),
+            "method": config.method.method,
+            "num_latent_thoughts": config.method.num_latent_thoughts,
+            "num_jacobi_iterations": config.method.num_jacobi_iterations,
+            "precision": "bf16" if config.training.bf16 else "fp32",
+        }
+        if options.token_ids is not None:
+            return result | _dump_logits(loaded, options)
+        stream = _read_stream(loaded, options)
+        return result | _score(loaded, stream, options)
+
+
+def windows(ids: Tensor, seq_length: int, micro_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of windows that do not overlap; a shorter last one comes alone.
+
+    Args:
+        ids: int64 [n + 1].
+        seq_length: tokens per window.
+        micro_batch_size: windows per batch.
+
+    Yields:
+        `tokens` and `labels`, int64 [b, s]; together the labels are `ids[1:]`, each once.
+    """
+    num_predicted = ids.numel() - 1
+    whole = num_predicted // seq_length * seq_length
+    tokens, labels = ids[:-1], ids[1:]
+    # [whole] -> [windows, s]
+    batches = zip(
+        tokens[:whole].view(-1, seq_length).split(micro_batch_size),
+        labels[:whole].view(-1, seq_length).split(micro_batch_size),
+        strict=True,
+    )
+    if whole:
+        yield from batches
+    if whole < num_predicted:
+        yield tokens[whole:].unsqueeze(0), labels[whole:].unsqueeze(0)
+
+
+def _score(loaded: LoadedModel, stream: Stream, options: EvaluateOptions) -> dict[str, Any]:
+    """Loss of a stream, and what follows from it."""
+    seq_length = options.seq_length or loaded.config.data.seq_length
+    _check_length(loaded, seq_length, "--seq-length")
+    num_tokens = stream.ids.numel() - 1
+    loss_sum = 0.0
+    start_s = time.monotonic()
+    with log.progress(total=num_tokens, description="evaluating", unit=" tokens") as bar:
+        for tokens, labels in windows(stream.ids, seq_length, options.micro_batch_size):
+            loss_sum += float(loaded.token_losses(tokens, labels).double().sum())
+            bar.update(tokens.numel())
+    loss = loss_sum / num_tokens
+    bits = loss_sum / math.log(2)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": bits / stream.num_bytes if stream.num_bytes else None,
+        "num_tokens": num_tokens,
+        "num_bytes": stream.num_bytes,
+        "seq_length": seq_length,
+        "tokens_per_s": num_tokens / (time.monotonic() - start_s),
+    }
+
+
+def _read_stream(loaded: LoadedModel, options: EvaluateOptions) -> Stream:
+    """All documents of the input, up to max_tokens."""
+    tokenizer = loaded.tokenizer()
+    is_text = loaded.config.data.tokenizer_type != "NullTokenizer"
+    if options.data_path is not None:
+        documents = _indexed_documents(options.data_path, tokenizer)
+        source = options.data_path
+    else:
+        documents = _text_documents(options.text_file, tokenizer)
+        source = " ".join(options.text_file)
+    parts, num_bytes, num_tokens = [torch.tensor([tokenizer.eod])], 0, 0
+    limit = options.max_tokens or math.inf
+    for ids, text_bytes in documents:
+        if num_tokens + len(ids) > limit:
+            ids = ids[: int(limit) - num_tokens]
+            text_bytes = _num_bytes(tokenizer, ids)
+        parts.append(ids)
+        num_bytes += text_bytes
+        num_tokens += len(ids)
+        if num_tokens >= limit:
+            break
+    if num_tokens == 0:
+        raise DataError(f"{source}: there is no text to score.")
+    stream = Stream(ids=torch.cat(parts), num_bytes=num_bytes if is_text else None)
+    loaded.check_ids(stream.ids, source)
+    return stream
+
+
+def _indexed_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, int]]:
+    """Ids and UTF-8 bytes of each document of a dataset."""
+    check_indexed_dataset(prefix)
+    dataset = IndexedDataset(prefix)
+    for index in range(len(dataset)):
+        ids = torch.from_numpy(dataset[index].astype(numpy.int64))
+        yield ids, _num_bytes(tokenizer, ids)
+
+
+def _text_documents(paths: tuple[str, ...], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, int]]:
+    """Ids and UTF-8 bytes of each document of text files."""
+    for document in read_documents(find_inputs(paths), "auto"):
+        (text,) = document.texts(["text"])
+        yield (
+            torch.tensor([*tokenizer.tokenize(text), tokenizer.eod]),
+            len(text.encode()),
+        )
+
+
+def _num_bytes(tokenizer: Tokenizer, ids: Tensor) -> int:
+    """UTF-8 bytes of the text that ids stand for; the end of a document stands for none."""
+    return len(tokenizer.detokenize(ids[ids != tokenizer.eod].tolist()).encode())
+
+
+def _dump_logits(loaded: LoadedModel, options: EvaluateOptions) -> dict[str, Any]:
+    """Write the logits of given ids."""
+    assert options.token_ids is not None and options.dump_logits is not None
+    ids = _read_ids(options.token_ids)
+    loaded.check_ids(ids, f"--token-ids {options.token_ids}")
+    _check_length(loaded, ids.size(1), f"--token-ids {options.token_ids}: rows of")
+    with log.progress(total=len(ids), description="logits", unit=" rows") as bar:
+        parts = []
+        for rows in ids.split(options.micro_batch_size):
+            parts.append(loaded.logits(rows).cpu())
+            bar.update(len(rows))
+    logits = torch.cat(parts).numpy()
+    if is_rank_zero():
+        _write_array(Path(options.dump_logits), logits)
+    return {"logits": options.dump_logits, "shape": list(logits.shape)}
+
+
+def _read_ids(path: str) -> Tensor:
+    """The rows of a .npy file, int64 [b, s]."""
+    try:
+        array = numpy.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"--token-ids {path}: not a .npy file that can be read: {error}") from None
+    is_rows = isinstance(array, numpy.ndarray) and array.ndim == 2 and array.size > 0
+    if not is_rows or not numpy.issubdtype(array.dtype, numpy.integer):
+        raise DataError(f"--token-ids {path}: must be an array of integers [rows, tokens].")
+    return torch.from_numpy(array.astype(numpy.int64))
+
+
+def _write_array(path: Path, array: numpy.ndarray) -> None:
+    """Write a .npy file in one go."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            numpy.save(file, array)
+        unfinished.replace(path)
+    except OSError as error:
+        raise DataError(f"--dump-logits {path}: cannot be written: {error.strerror}.") from None
+
+
+def _check_length(loaded: LoadedModel, seq_length: int, source: str) -> None:
+    """Refuse windows longer than a table of learned positions."""
+    model = loaded.config.model
+    assert model.max_position_embeddings is not None
+    if (
+        model.position_embedding_type == "learned_absolute"
+        and seq_length > model.max_position_embeddings
+    ):
+        raise ConfigError(
+            f"{source} {seq_length}: longer than the model's {model.max_position_embeddings} "
+            "learned positions."
+        )

@@ -1,0 +1,39 @@
+"""Scores text with a trained model and prints one JSON object.
+
+    python tools/evaluate.py --load runs/llama --data-path data/held_out_text_document
+    python tools/evaluate.py --load runs/llama --text-file book.txt --num-jacobi-iterations 6
+    torchrun --nproc-per-node 4 tools/evaluate.py --load runs/llama --text-file docs/
+    python tools/evaluate.py --load runs/llama --token-ids ids.npy --dump-logits logits.npy
+
+`loss` is the mean cross entropy per token in nats, `perplexity` its exponential, `bits_per_byte`
+the same information per byte of text, which models with different tokenizers can be compared by.
+Every token is predicted once, from what stands before it in a window of --seq-length tokens;
+windows do not overlap. Under torchrun all ranks share each layer's weights.
+"""
+
+import json
+import sys
+
+import tyro
+
+from megatron_ponder.errors import exit_on_user_error
+from megatron_ponder.inference.options import EvaluateOptions
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse flags, evaluate, print."""
+    options = tyro.cli(EvaluateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    from megatron_ponder import log
+
+    log.configure()  # before the imports below, some of which warn
+    from megatron_ponder.inference.evaluation import evaluate
+    from megatron_ponder.runtime.distributed import is_rank_zero
+
+    result = evaluate(options)
+    if is_rank_zero():
+        print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
