@@ -1,4 +1,4 @@
-"""Package metadata and dependencies. Install torch==2.13.0 first where a particular build is wanted."""
+"""Package metadata and dependencies; `make install` pins torch before it."""
 
 from setuptools import find_packages, setup
 

@@ -108,7 +108,7 @@ def write_corpus(train: Path, held_out: Path, library: Path) -> dict[str, int]:
             f"{library}: {num_chars:,} characters of Python source, of which "
             f"{len(splits['held_out'])} documents would be held out; at least "
             f"{MIN_CORPUS_CHARS:,} and 1 are needed. If this is a Python's library, it is stripped "
-            "or zipped: use a complete Python (python.org, pyenv, conda, or the distribution's full "
+            "or zipped: use a complete Python (python.org, pyenv, conda, or your system's full "
             "package)."
         )
     sizes = {}

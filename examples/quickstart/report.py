@@ -17,6 +17,7 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from training import read_metrics
 
 from megatron_ponder.checkpoint.layout import (
     CONFIG_FILE,
@@ -28,7 +29,6 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.schedule import jacobi_iterations
-from training import read_metrics
 
 FLOPS_PER_FORWARD_FLOP = 3
 """Training: the backward is two more forwards."""

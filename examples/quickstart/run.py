@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Here, because all of it needs what check_environment looks for.
     import tyro
-
-    from megatron_ponder.errors import exit_on_user_error
     from steps import Options, Quickstart
     from workflow import Workflow, exclusive
+
+    from megatron_ponder.errors import exit_on_user_error
 
     @exit_on_user_error
     def run(options: Options) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from processes import StepFailed, run_logged
+
 from megatron_ponder import log
 from megatron_ponder.config.parse import parse_args
-from processes import StepFailed, run_logged
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 

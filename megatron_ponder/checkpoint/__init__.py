@@ -1,0 +1,1 @@
+"""Saving and loading runs in megatron-core's sharded format."""

@@ -169,7 +169,7 @@ def _read(request: ShardedStateDict, checkpoint: Path) -> dict[str, Any]:
         raise _unreadable(checkpoint, error) from error
 
 
-def _unreadable(checkpoint: Path, error: Exception) -> CheckpointError:
+def _unreadable(checkpoint: Path, error: BaseException) -> CheckpointError:
     """megatron-core's failure in this package's terms."""
     return CheckpointError(
         f"{checkpoint} cannot be read: {error}. It may have been written by a newer "

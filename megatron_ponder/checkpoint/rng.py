@@ -13,7 +13,9 @@ def random_state() -> dict[str, Any]:
 
     Plain, because megatron-core reads checkpoints with `torch.load(weights_only=True)`.
     """
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    name, keys, position, has_gauss, cached = state
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "python": random.getstate(),

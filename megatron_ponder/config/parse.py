@@ -1,7 +1,7 @@
 """Flags, YAML and presets become one `RunConfig`.
 
-A preset and a YAML file are sets of flags, read before those of the command line: the same names, the
-same types, and the last one wins. So there is one parser (tyro, from the schema's types and
+A preset and a YAML file are sets of flags, read before those of the command line: the same names,
+the same types, and the last one wins. So there is one parser (tyro, from the schema's types and
 docstrings) and nothing to keep in step with it. Left out: everything about what the settings mean.
 """
 
@@ -25,9 +25,9 @@ DESCRIPTION = f"""Pretrain a language model with latent thoughts.
   torchrun --nproc-per-node 8 -m megatron_ponder.pretrain --config run.yaml --bf16
 
 Settings come from four places, the later ones winning: defaults, a preset (the shape of a known
-model), a YAML file (flags with underscores as keys, e.g. "num_layers: 12"; it may name its preset as
-"preset: llama-410m"), and flags. The whole config is printed at the start of a run and stored in its
-checkpoints. docs/train.md explains the flags by task.
+model), a YAML file (flags with underscores as keys, e.g. "num_layers: 12"; it may name its preset
+as "preset: llama-410m"), and flags. The whole config is printed at the start of a run and stored in
+its checkpoints. docs/train.md explains the flags by task.
 
 Presets: {", ".join(PRESETS)}."""
 
@@ -78,7 +78,7 @@ def config_from_flat_dict(values: Mapping[str, Any]) -> RunConfig:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(
-            f"The stored config has settings that this version does not know: {', '.join(unknown)}. "
+            f"The stored config has settings unknown to this version: {', '.join(unknown)}. "
             "It was written by another version of megatron_ponder."
         )
     return RunConfig().replaced(

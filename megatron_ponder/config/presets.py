@@ -2,9 +2,9 @@
 
 Sources: Llama shapes and initialisation are the PonderLM-2 authors' (vocabulary of the GPT-NeoX
 tokenizer); Pythia's are EleutherAI's (arXiv 2304.01373, and their configs); GPT-2's are OpenAI's.
-Presets set the shape, and those settings of the method and the initialisation that the authors' code
-has different for different architectures. The recipe of a run (learning rate, batch) is not part of
-a preset: see examples/.
+Presets set the shape, and those settings of the method and the initialisation that the authors'
+code has different for different architectures. The recipe of a run (learning rate, batch) is not
+part of a preset: see examples/.
 """
 
 from typing import Any

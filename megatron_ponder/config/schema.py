@@ -59,7 +59,7 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this. Padded rows never take part in the loss."""
     init_method: Literal["normal", "small"] | None = None
     """normal: N(0, init_method_std). small: truncated normal, std sqrt(2/(5 h)), with the output
-    projections divided by the square root of the depth. None: the method's own (vanilla: normal)."""
+    projections divided by the root of the depth. None: the method's own (vanilla: normal)."""
     init_method_std: float = 0.02
     """Standard deviation of init_method=normal."""
     small_init_depth_counts_thoughts: bool = False
@@ -125,7 +125,7 @@ class DataConfig:
     test_data_path: tuple[str, ...] = ()
     """Like --data-path, for the test after training only."""
     data_cache_path: str | None = None
-    """Folder for the sample and shuffle indexes. None: a folder 'cache' beside the first dataset."""
+    """Folder for sample and shuffle indexes. None: a folder 'cache' beside the first dataset."""
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = (
         "SentencePieceTokenizer"
     )

@@ -1,0 +1,1 @@
+"""Between our weights and Hugging Face's."""

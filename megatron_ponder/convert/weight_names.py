@@ -1,8 +1,8 @@
 """Weights under Hugging Face names and under ours: one table per architecture, read both ways.
 
-A rule says which stock Hugging Face tensors make up one of our parameters and how. Tensors are whole
-(tensor-parallel size 1) and unpadded on the Hugging Face side. Nothing here reads or writes files,
-and nothing depends on the training method: thoughts add no parameters.
+A rule says which stock Hugging Face tensors make up one of our parameters and how. Tensors are
+whole (tensor-parallel size 1) and unpadded on the Hugging Face side. Nothing here reads or writes
+files, and nothing depends on the training method: thoughts add no parameters.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Te
         missing = [name for name in rule.theirs if name not in state]
         if missing:
             raise ConversionError(
-                f"The checkpoint lacks {', '.join(missing)}, needed for {rule.ours}. Is it really a "
+                f"The checkpoint lacks {', '.join(missing)}, needed for {rule.ours}. Is it a "
                 f"{model.architecture} model with {model.num_layers} layers?"
             )
         result[rule.ours] = rule.join([state[name] for name in rule.theirs], model)
@@ -63,7 +63,7 @@ def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
 
     A tied head is not repeated.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
     for rule in _rules_of(model):
         result.update(zip(rule.theirs, rule.split(state[rule.ours], model), strict=True))
     return result
@@ -87,7 +87,7 @@ def _pad_vocab(parts: list[Tensor], model: ModelConfig) -> Tensor:
     (weight,) = parts
     if weight.size(0) != model.vocab_size:
         raise ConversionError(
-            f"The checkpoint's vocabulary has {weight.size(0)} rows, the model's {model.vocab_size}."
+            f"The checkpoint's vocabulary has {weight.size(0)} rows, ours {model.vocab_size}."
         )
     padding = padded_vocab_size(model) - weight.size(0)
     return torch.cat((weight, weight.new_zeros(padding, weight.size(1))))
@@ -98,22 +98,27 @@ def _strip_vocab(weight: Tensor, model: ModelConfig) -> list[Tensor]:
     return [weight[: model.vocab_size].contiguous()]
 
 
+def _by_group(weight: Tensor, model: ModelConfig) -> Tensor:
+    """[groups * n * d, ...] -> [groups, n, d, ...]."""
+    assert model.num_query_groups is not None and model.kv_channels is not None
+    return weight.reshape(model.num_query_groups, -1, model.kv_channels, *weight.shape[1:])
+
+
 def _join_qkv(parts: list[Tensor], model: ModelConfig) -> Tensor:
     """Q [heads * d, ...], K and V [groups * d, ...] -> [groups * (heads / groups + 2) * d, ...].
 
     megatron-core keeps each group's queries, key and value together, so that a contiguous shard of
     rows is a set of whole groups.
     """
-    groups = model.num_query_groups
     rest = parts[0].shape[1:]
-    by_group = [part.reshape(groups, -1, model.kv_channels, *rest) for part in parts]
+    by_group = [_by_group(part, model) for part in parts]
     return torch.cat(by_group, dim=1).reshape(-1, *rest)
 
 
 def _split_qkv(weight: Tensor, model: ModelConfig) -> list[Tensor]:
     """The inverse of `_join_qkv`."""
-    groups, rest = model.num_query_groups, weight.shape[1:]
-    by_group = weight.reshape(groups, -1, model.kv_channels, *rest)
+    rest = weight.shape[1:]
+    by_group = _by_group(weight, model)
     queries = by_group.size(1) - 2
     return [part.reshape(-1, *rest).contiguous() for part in by_group.split((queries, 1, 1), dim=1)]
 

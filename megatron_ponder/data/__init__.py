@@ -1,0 +1,1 @@
+"""From text to batches: readers, tokenizers, preprocessing, datasets, loader."""

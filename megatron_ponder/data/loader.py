@@ -1,8 +1,8 @@
 """Micro-batches for one data-parallel rank, in an order that no layout changes.
 
-The samples of training iteration i (from 0) are i*g .. (i+1)*g - 1 of the dataset, g being the global
-batch size. Within them ranks take turns in blocks of one micro-batch. So the position in the data is
-one number, `consumed_samples`, and resuming needs no more than that.
+The samples of training iteration i (from 0) are i*g .. (i+1)*g - 1 of the dataset, g being the
+global batch size. Within them ranks take turns in blocks of one micro-batch. So the position in the
+data is one number, `consumed_samples`, and resuming needs no more than that.
 """
 
 import signal
@@ -39,7 +39,8 @@ def build_loader(
         vocab_size: ids must be below this.
 
     Yields:
-        `tokens`, `labels`: int64 [b, s]; `loss_mask`: fp32 [b, s]; on the CPU, pinned if there is CUDA.
+        `tokens`, `labels`: int64 [b, s]; `loss_mask`: fp32 [b, s]; on the CPU, pinned if there is
+        CUDA.
 
     Raises:
         DataError: an id does not fit the vocabulary.

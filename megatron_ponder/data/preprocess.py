@@ -90,7 +90,9 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     outputs = {key: Path(f"{config.output_prefix}_{key}_document") for key in config.json_keys}
     _check_outputs(outputs.values(), config.overwrite)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    temporary = {key: path.with_name(f".{path.name}.{os.getpid()}") for key, path in outputs.items()}
+    temporary = {
+        key: path.with_name(f".{path.name}.{os.getpid()}") for key, path in outputs.items()
+    }
     try:
         builders = {
             key: IndexedDatasetBuilder(f"{path}.bin", dtype=dtype)
@@ -211,9 +213,7 @@ def _tokenize_batch(batch: list[RawDocument]) -> TokenizedBatch:
 
 def _build_tokenizer(config: PreprocessConfig) -> Tokenizer:
     """The tokenizer, by the same rules as in training."""
-    data = DataConfig(
-        tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model
-    )
+    data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
     return build_tokenizer(data, config.vocab_size)
 
 

@@ -1,8 +1,9 @@
 """Documents from JSON Lines and plain text files, streamed.
 
-Reading is cheap and happens in one process: a reader yields raw bytes with where they come from, and
-workers decode them (`RawDocument.texts`). Nothing is skipped silently: what cannot be a document is a
-DataError that names file, line and reason. Left out in this version: compressed and columnar files.
+Reading is cheap and happens in one process: a reader yields raw bytes with where they come from,
+and workers decode them (`RawDocument.texts`). Nothing is skipped silently: what cannot be a
+document is a DataError that names file, line and reason. Left out in this version: compressed and
+columnar files.
 """
 
 import dataclasses

@@ -84,7 +84,7 @@ def train_sentencepiece(config: TokenizerTrainingConfig) -> None:
         )
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"SentencePiece could not train {config.vocab_size} pieces: {error}. Give more text or a "
+            f"SentencePiece cannot train {config.vocab_size} pieces: {error}. Give more text or a "
             "smaller --vocab-size."
         ) from None
     output.parent.mkdir(parents=True, exist_ok=True)

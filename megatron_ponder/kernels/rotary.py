@@ -1,13 +1,13 @@
 """Rotary position embedding, all slots of a token at the token's position.
 
-For a head's first 2r channels, x = (x1, x2) with r channels each, at an angle a[t, i] = t * base^(-i/r):
+For a head's first 2r channels, x = (x1, x2) of r channels each, at angle a[t, i] = t * base^(-i/r):
 
     y1 = x1 cos a - x2 sin a
     y2 = x2 cos a + x1 sin a
 
-and the other channels unchanged. The backward is the rotation by -a. Written as one function with its
-own backward because composed from slices and concatenations it copies each query and key about six
-times.
+and the other channels unchanged. The backward is the rotation by -a. Written as one function with
+its own backward because composed from slices and concatenations it copies each query and key about
+six times.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def rotary_table(angles: Tensor, num_stages: int, dtype: torch.dtype) -> Tensor:
     """Cosines and sines for an interleaved sequence.
 
     Args:
-        angles: fp32 [s, 1, 1, 2r], as megatron-core's RotaryEmbedding gives them (both halves equal).
+        angles: fp32 [s, 1, 1, 2r], from megatron-core's RotaryEmbedding (both halves are equal).
         num_stages: slots per token, which share its angles.
         dtype: of the table.
 

@@ -1,11 +1,12 @@
 """Attention over the interleaved slots: plain causal, on torch's scaled_dot_product_attention.
 
 megatron-core's own unfused core attention materialises the score matrix and draws dropout from the
-CUDA generator. This one runs on every device and lets torch choose the kernel. Nothing here knows of
-stages or thoughts; what slots of a token share is in the rotary table.
+CUDA generator. This one runs on every device and lets torch choose the kernel. Nothing here knows
+of stages or thoughts; what slots of a token share is in the rotary table.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -70,15 +71,19 @@ class SdpaCoreAttention(torch.nn.Module):
         s, b, heads, d = query.shape
         # [s, b, heads, d] -> [b, heads, s, d], a view
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        kwargs = {"is_causal": True, "scale": self.softmax_scale, "enable_gqa": key.size(1) < heads}
-        if self.training and self.dropout > 0:
-            # Each tensor-parallel rank holds other heads and needs other masks.
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                context = F.scaled_dot_product_attention(
-                    query, key, value, dropout_p=self.dropout, **kwargs
-                )
-        else:
-            context = F.scaled_dot_product_attention(query, key, value, **kwargs)
+        dropout = self.dropout if self.training else 0.0
+        # Each tensor-parallel rank holds other heads and needs other masks.
+        rng = tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext()
+        with rng:
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=key.size(1) < heads,
+            )
         # [b, heads, s, d] -> [s, b, heads * d]
         return context.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 

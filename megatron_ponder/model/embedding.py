@@ -1,8 +1,8 @@
 """Token embeddings and learned positions, apart from each other.
 
-megatron-core's LanguageModelEmbedding adds the positions to the token embeddings. Here thoughts take
-positions too, and token embeddings are scaled before they do, so the two are separate calls. Names
-of parameters are megatron-core's.
+megatron-core's LanguageModelEmbedding adds the positions to the token embeddings. Here thoughts
+take positions too, and token embeddings are scaled before they do, so the two are separate calls.
+Names of parameters are megatron-core's.
 """
 
 import torch

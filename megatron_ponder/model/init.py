@@ -1,7 +1,7 @@
 """Initial weights, drawn by parameter name.
 
-The numbers of a parameter depend on the seed and its name only: each rank draws the whole tensor and
-keeps its shard, so that every layout starts from the same weights. Two schemes:
+The numbers of a parameter depend on the seed and its name only: each rank draws the whole tensor
+and keeps its shard, so that every layout starts from the same weights. Two schemes:
 
 normal: N(0, init_method_std) for linear layers, embeddings and learned positions.
 small:  the same parameters from a normal truncated at 3 sigma, sigma = sqrt(2 / (5 h)); the two
@@ -45,7 +45,7 @@ def _draw(
     is_sharded = getattr(parameter, "tensor_model_parallel", False)
     shape = list(parameter.shape)
     if is_sharded:
-        shape[parameter.partition_dim] *= tp_group.size()
+        shape[parameter.partition_dim] *= tp_group.size()  # type: ignore[attr-defined]
     digest = hashlib.blake2b(f"{config.training.seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     whole = torch.empty(shape, dtype=torch.float32)

@@ -11,8 +11,10 @@ OutputAndBias = tuple[Tensor, Tensor | None]
 
 
 def get_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """Residual + dropout(x + bias), as megatron-core's function of this name, but without dropout
-    it draws no mask: torch's dropout does at probability 0 too, which costs more than the add.
+    """Residual + dropout(x + bias), as megatron-core's function of this name.
+
+    Other than there, no mask is drawn without dropout: torch's dropout does that at probability 0
+    too, which costs more than the add.
 
     Args:
         training: whether dropout applies.
@@ -47,7 +49,7 @@ class ParallelResidualLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Run the layer on [s, b, h]; returns ([s, b, h], None) as megatron-core's block expects."""
+        """Run the layer on [s, b, h]; returns ([s, b, h], None), as megatron-core expects."""
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         attention = self.self_attention(
             self.input_layernorm(hidden_states),

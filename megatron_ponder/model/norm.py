@@ -15,7 +15,7 @@ class Norm:
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
     ) -> torch.nn.Module:
-        """A norm over the last dim with parameters of shape [hidden_size] in config.params_dtype."""
+        """A norm over the last dim; parameters of shape [hidden_size] in config.params_dtype."""
         kinds: dict[str, type[torch.nn.Module]] = {
             "RMSNorm": torch.nn.RMSNorm,
             "LayerNorm": torch.nn.LayerNorm,

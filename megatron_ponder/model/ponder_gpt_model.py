@@ -121,14 +121,14 @@ class PonderGPTModel(LanguageModule):
             [b, s, padded vocabulary / tp], minus infinity in padded columns.
         """
         token_embeddings = self.embedding(tokens)
-        carry = None
+        carry: Tensor | None = None
         for pass_ in plan.passes:
             hidden = self.build_input(pass_, token_embeddings, carry)
             hidden = self.run_layers(pass_, hidden, num_tokens=tokens.size(1))
-            carry = self.read(pass_, hidden)
+            read = self.read(pass_, hidden)
             if not plan.is_last(pass_):
-                carry = self.method.build_carry(pass_, carry)
-        return self.compute_output(carry, labels)
+                carry = self.method.build_carry(pass_, read)
+        return self.compute_output(read, labels)
 
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
         """The input of the first layer, [s * stages, b, h] (local under sequence parallelism)."""
@@ -164,6 +164,7 @@ class PonderGPTModel(LanguageModule):
             else None
         )
         logits, _ = self.output_layer(read, weight=weight)
+        assert self.shape.vocab_size is not None
         logits = mask_padded_columns(logits, self.shape.vocab_size, self.pg_collection.tp)
         if labels is None:
             return logits.transpose(0, 1)

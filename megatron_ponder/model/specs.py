@@ -1,4 +1,4 @@
-"""Which modules a layer is made of. The one place of this package that looks at the architecture."""
+"""Which modules a layer is made of. Only this file of the package looks at the architecture."""
 
 import dataclasses
 

@@ -1,0 +1,1 @@
+"""Training methods as plans of passes: pure torch, no communication."""

@@ -14,7 +14,7 @@ from torch import Tensor
 def interleave(token_embeddings: Tensor, thoughts: Tensor | None) -> Tensor:
     """Put each token's embedding before its thoughts.
 
-    out[t * n, :, :] = token_embeddings[t];  out[t * n + j] = thoughts[t * (n-1) + j - 1], j = 1..n-1
+    out[t * n] = token_embeddings[t];  out[t * n + j] = thoughts[t * (n-1) + j - 1], j = 1..n-1
 
     Args:
         token_embeddings: [s, b, h].

@@ -6,7 +6,7 @@ from megatron_ponder.config.schema import MethodConfig
 
 
 def jacobi_iterations(config: MethodConfig, seed: int, iteration: int) -> int:
-    """R of one training iteration: fixed, or uniform over [min, max], a pure function of its arguments.
+    """R of one training iteration: fixed, or uniform over [min, max], by its arguments alone.
 
     The draw hashes (seed, iteration), so that it needs no generator state: every rank, every
     micro-batch and every replay of the iteration gets the same R.

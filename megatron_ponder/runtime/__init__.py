@@ -1,0 +1,1 @@
+"""Devices, ranks, and what megatron-core needs without a GPU."""

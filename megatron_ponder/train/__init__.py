@@ -1,0 +1,1 @@
+"""One training run: step, loop, evaluation, metrics."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.parallel.schedule import Batch, run_microbatches
+from megatron_ponder.runtime.device import device
 from megatron_ponder.runtime.distributed import data_parallel_group
 from megatron_ponder.train.step import Trainee, num_microbatches
 
@@ -42,8 +43,9 @@ def evaluate(config: RunConfig, trainee: Trainee, batches: Iterator[Batch]) -> E
     trainee.model.eval()
     r = config.method.num_jacobi_iterations
     per_iteration = num_microbatches(config)
-    total = sum(
-        run_microbatches(
+    total = torch.zeros(2, dtype=torch.float64, device=device())
+    for _ in range(config.training.eval_iters):
+        total += run_microbatches(
             trainee.model,
             batches,
             plan=trainee.model.module.method.plan(r),
@@ -52,8 +54,6 @@ def evaluate(config: RunConfig, trainee: Trainee, batches: Iterator[Batch]) -> E
             seq_length=config.data.seq_length,
             forward_only=True,
         )
-        for _ in range(config.training.eval_iters)
-    )
     trainee.model.train()
     dist.all_reduce(total, group=data_parallel_group())
     loss_sum, num_tokens = total.tolist()

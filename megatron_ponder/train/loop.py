@@ -114,7 +114,7 @@ def _advance(progress: Progress, config: RunConfig, step: StepResult) -> None:
 
 def _is_due(progress: Progress, interval: int | None) -> bool:
     """Whether something that happens every `interval` iterations happens now; 0 and None: never."""
-    return bool(interval) and progress.iteration % interval == 0
+    return interval is not None and interval > 0 and progress.iteration % interval == 0
 
 
 def _check_finite(progress: Progress, step: StepResult, num_skipped_in_a_row: int) -> None:

@@ -115,8 +115,8 @@ def _training_data(
 
 def _reader(config: RunConfig, dataset: Any, consumed_samples: int) -> Batches:
     """What starts reading `dataset` at a sample."""
-    here = ranks()
-    assert config.model.vocab_size is not None
+    here, vocab_size = ranks(), config.model.vocab_size
+    assert vocab_size is not None
 
     def start() -> Iterator[Batch]:
         yield from build_loader(
@@ -126,7 +126,7 @@ def _reader(config: RunConfig, dataset: Any, consumed_samples: int) -> Batches:
             data_parallel_size=here.data_parallel_size,
             consumed_samples=consumed_samples,
             num_workers=config.data.num_workers,
-            vocab_size=config.model.vocab_size,
+            vocab_size=vocab_size,
         )
         raise DataError(
             f"the data ends after {len(dataset)} samples, before the run does: give more data, or "

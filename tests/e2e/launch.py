@@ -86,7 +86,14 @@ def start_torchrun(num_ranks: int, arguments: list[str]) -> subprocess.Popen:
     """torchrun with one thread per rank; its output is read with `communicate`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
-        [*command, "--nproc-per-node", str(num_ranks), "-m", "megatron_ponder.pretrain", *arguments],
+        [
+            *command,
+            "--nproc-per-node",
+            str(num_ranks),
+            "-m",
+            "megatron_ponder.pretrain",
+            *arguments,
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

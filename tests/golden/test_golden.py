@@ -1,4 +1,4 @@
-"""Our model against the authors' code: logits, loss and every gradient, at TP 1, TP 2 and TP 2 + SP.
+"""Our model against the authors' code: logits, loss, every gradient; TP 1, TP 2 and TP 2 + SP.
 
 Weights come in by Hugging Face name through our own tables and a checkpoint, gradients go back out
 through them. Planted faults must be caught.

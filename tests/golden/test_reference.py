@@ -1,7 +1,7 @@
 """The plain PyTorch reference against the authors' code, and against thinking one slot at a time.
 
-The reference is the oracle of tests/parity/test_reference_model.py for shapes without a golden case;
-here it earns that.
+The reference is the oracle of tests/parity/test_reference_model.py for shapes without a golden
+case; here it earns that.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What is compared between layouts: logits, loss, gradient norm, every gradient, weights after steps.
+"""What is compared between layouts: logits, loss, gradient norm, gradients, weights after steps.
 
 Runs inside ranks. Everything is returned whole (tensor-parallel shards and the distributed
 optimizer's pieces put together), under the parameter's name, so that any layout can be laid beside

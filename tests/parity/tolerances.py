@@ -16,9 +16,9 @@ GRADIENT_RELATIVE = 1e-4
 GOLDEN_GRADIENT_RELATIVE = 1e-5
 """Of a gradient's largest entry, against the authors' code (tests/golden)."""
 BF16_LOSS_ABSOLUTE = 1e-2
-"""bf16 keeps 8 bits: each rounding is up to 0.4%, averaged over a batch of tokens; the loss is about 5."""
+"""bf16 keeps 8 bits: each rounding is up to 0.4%, averaged over a batch; the loss is about 5."""
 WEIGHTS_ABSOLUTE = 1e-5
-"""After five AdamW steps with eps 1e-5; a smaller eps amplifies gradients that are rounding noise."""
+"""After five AdamW steps with eps 1e-5; a smaller eps amplifies gradients that are noise."""
 
 
 def largest_difference(actual: Tensor, expected: Tensor) -> float:

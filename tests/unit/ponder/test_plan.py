@@ -1,4 +1,4 @@
-"""Pass plans, R and the sequence they describe, against METHOD's formulas and a slot-by-slot loop."""
+"""Pass plans, R and the sequence they describe, against formulas and a slot-by-slot loop."""
 
 import pytest
 import torch
