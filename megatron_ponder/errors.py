@@ -43,7 +43,8 @@ class TrainingError(PonderError):
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Make `main` return an exit code: 2 and the message on stderr for a `PonderError`.
 
-    Any other exception passes through with its traceback, because it is a bug of ours.
+    So does an OSError about a file: no permission, disk full. Any other exception passes through
+    with its traceback, because it is a bug of ours.
     """
 
     @functools.wraps(main)
@@ -52,6 +53,10 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except PonderError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            return USER_ERROR_EXIT_CODE
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
 
     return wrapped

@@ -17,6 +17,9 @@ from megatron_ponder.errors import exit_on_user_error
 @exit_on_user_error
 def main() -> None:
     """Parse flags and preprocess."""
+    from megatron_ponder import log
+
+    log.configure()  # before the imports below, some of which warn
     from megatron_ponder.data.preprocess import PreprocessConfig, preprocess
 
     config = tyro.cli(PreprocessConfig, description=__doc__)

@@ -57,14 +57,14 @@ CONTESTANTS = (
         name="vanilla",
         title="vanilla",
         flags=("--method", "vanilla"),
-        train_estimate_s=45,
+        train_estimate_s=40,
         evaluate_estimate_s=12,
     ),
     Contestant(
         name="ponderlm2",
         title="PonderLM-2",
         flags=("--method", "ponderlm2"),
-        train_estimate_s=280,
+        train_estimate_s=230,
         evaluate_estimate_s=40,
     ),
 )

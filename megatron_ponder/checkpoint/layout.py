@@ -72,7 +72,10 @@ def choose_iteration(folder: Path, ckpt_step: int | None) -> int:
     stored = stored_iterations(folder)
     wanted = ckpt_step if ckpt_step is not None else latest_iteration(folder)
     if wanted is None:
-        raise CheckpointError(f"{folder} holds no checkpoint: there is no {LATEST_FILE} in it.")
+        raise CheckpointError(
+            f"--load {folder}: holds no checkpoint, there is no {LATEST_FILE} in it. Give a folder "
+            "that was --save of a run (not one of its iter_ folders)."
+        )
     if wanted not in stored:
         source = "--ckpt-step asks" if ckpt_step is not None else f"{LATEST_FILE} asks"
         have = ", ".join(map(str, stored)) or "none"

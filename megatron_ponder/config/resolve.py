@@ -132,7 +132,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         for name in names:
             # A duration may be a fraction of a minute.
             low = 0 if name == "exit_duration_in_mins" else least
-            if values[name] is not None and values[name] < low:
+            if values[name] is not None and not values[name] >= low:  # also refuses NaN
                 yield f"{_flag(name)} {values[name]}: must be at least {low}."
 
 

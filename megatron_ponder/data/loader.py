@@ -62,12 +62,13 @@ def build_loader(
         generator=torch.Generator(),
     )
     for batch in loader:
-        largest = int(torch.maximum(batch["tokens"].max(), batch["labels"].max()))
-        if largest >= vocab_size:
+        ids = torch.stack((batch["tokens"], batch["labels"]))
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0 or largest >= vocab_size:
             raise DataError(
-                f"the data has token id {largest}, but the model's vocabulary ends at "
-                f"{vocab_size - 1}. The data was made with another tokenizer; preprocess it with "
-                "this one, or give the --tokenizer-model and --vocab-size it was made with."
+                f"the data has token ids from {smallest} to {largest}, but the model's vocabulary "
+                f"ends at {vocab_size - 1}. The data was made with another tokenizer; preprocess it "
+                "with this one, or give the --tokenizer-model and --vocab-size it was made with."
             )
         yield batch
 

@@ -44,7 +44,7 @@ class RawDocument:
             return [text for _ in keys]
         try:
             record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise self._error(f"not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise self._error("not a JSON object")

@@ -1,0 +1,129 @@
+"""Defaults, presets, YAML and flags: which wins, what is refused, and round trips."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_ponder.config.parse import config_from_flat_dict, dump_yaml, parse_args
+from megatron_ponder.config.presets import PRESETS
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.errors import ConfigError
+
+
+def parse(*argv: str) -> RunConfig:
+    return parse_args(argv, prog="test")
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert parse() == RunConfig()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Default < preset < YAML < flag, each visible in one setting."""
+    path = write(tmp_path, "preset: llama-410m\nnum_layers: 7\nhidden-size: 96\n")
+    config = parse("--config", path, "--hidden-size", "64")
+    assert config.model.hidden_size == 64
+    assert config.model.num_layers == 7
+    assert config.model.ffn_hidden_size == 2752
+    assert config.model.norm_epsilon == RunConfig().model.norm_epsilon
+
+
+def test_a_preset_on_the_command_line_replaces_the_files(tmp_path: Path) -> None:
+    path = write(tmp_path, "preset: llama-410m\nnum_layers: 7\n")
+    config = parse(f"--config={path}", "--preset", "gpt2")
+    assert config.model.architecture == "gpt2" and config.model.num_layers == 7
+
+
+def test_a_flag_can_switch_off_what_yaml_switched_on(tmp_path: Path) -> None:
+    path = write(tmp_path, "bf16: true\nuse_distributed_optimizer: true\n")
+    config = parse("--config", path, "--no-bf16")
+    assert not config.training.bf16 and config.parallel.use_distributed_optimizer
+
+
+def test_every_kind_of_value_in_yaml(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "lr: 3e-4\ndata_path: [1, a, 2, b]\nsave: runs/x\nmin_lr: null\ntrain_iters: 5\n"
+    )
+    config = parse("--config", path)
+    assert config.optimizer.lr == 3e-4 and config.optimizer.min_lr is None
+    assert config.data.data_path == ("1", "a", "2", "b")
+    assert config.checkpoint.save == "runs/x" and config.training.train_iters == 5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_parse(preset: str) -> None:
+    config = parse("--preset", preset)
+    stated = {**PRESETS[preset]}
+    assert {k: v for k, v in config.to_flat_dict().items() if k in stated} == stated
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("num_layer: 3", ["num_layer: no such setting", "num_layers"]),
+        ("num_layers: many", ["num_layers: 'many' does not fit int"]),
+        ("bf16: 7", ["bf16: 7 does not fit bool"]),
+        ("normalization: Batch", ["normalization: 'Batch' does not fit", "RMSNorm"]),
+        ("preset: llama-9", ["no such preset", "llama-410m"]),
+        ("- a\n- b", ["must be a mapping"]),
+        ("a: [", ["not valid YAML"]),
+    ],
+)
+def test_what_yaml_cannot_say(text: str, expected: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        parse("--config", path)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        parse("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize("argv", [["--num-layer", "3"], ["--num-layers", "x"], ["stray"]])
+def test_what_flags_cannot_say(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(*argv)
+    assert exit_.value.code == 2
+    assert "num-layers" in capsys.readouterr().err or argv == ["stray"]
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    config = parse("--preset", "gpt2", "--data-path", "0.5", "a", "--lr", "0.001", "--bf16")
+    assert config_from_flat_dict(config.to_flat_dict()) == config
+    assert config_from_flat_dict(yaml.safe_load(dump_yaml(config))) == config
+    assert parse("--config", write(tmp_path, dump_yaml(config))) == config
+
+
+def test_a_config_of_another_version_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown to this version: from_the_future"):
+        config_from_flat_dict({"from_the_future": 1})
+
+
+def test_help_teaches_and_imports_no_torch() -> None:
+    program = (
+        "import sys\nfrom megatron_ponder.pretrain import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as exit_:\n    assert not exit_.code\n"
+        "assert not {'torch', 'numpy', 'megatron.core'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for part in (
+        "torchrun",
+        "--num-jacobi-iterations",
+        "llama-410m",
+        "--use-distributed-optimizer",
+    ):
+        assert part in shown.stdout

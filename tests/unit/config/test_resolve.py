@@ -1,0 +1,118 @@
+"""Derived settings, and a message for every combination that cannot work."""
+
+import re
+from typing import Any
+
+import pytest
+
+from megatron_ponder.config.resolve import padded_vocab_size, resolve
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.errors import ConfigError
+
+BASE: dict[str, Any] = {"vocab_size": 1000, "data_path": ("data",)}
+
+
+def resolved(world_size: int = 1, tokenizer: int | None = None, **settings: Any) -> RunConfig:
+    config = RunConfig().replaced(**{**BASE, **settings})
+    return resolve(config, world_size=world_size, tokenizer_vocab_size=tokenizer)
+
+
+def test_derived_settings() -> None:
+    config = resolved(
+        world_size=8, tensor_model_parallel_size=2, micro_batch_size=3, train_iters=500, lr=1e-3
+    )
+    model, optimizer = config.model, config.optimizer
+    assert (model.ffn_hidden_size, model.num_query_groups, model.kv_channels) == (3072, 12, 64)
+    assert model.max_position_embeddings == config.data.seq_length
+    assert config.training.global_batch_size == 12
+    assert (optimizer.min_lr, optimizer.lr_decay_iters) == (1e-4, 500)
+    assert (optimizer.lr_warmup_iters, optimizer.lr_wsd_decay_iters) == (5, 50)
+    assert config.model.init_method is None
+    assert all(
+        value is not None
+        for name, value in config.to_flat_dict().items()
+        if name in ("vocab_size", "global_batch_size", "min_lr", "lr_warmup_iters")
+    )
+
+
+def test_the_tokenizer_says_the_vocabulary_and_padding_does_not_depend_on_the_layout() -> None:
+    config = resolved(vocab_size=None, tokenizer=1001)
+    assert config.model.vocab_size == 1001 and padded_vocab_size(config.model) == 1024
+
+
+def test_given_values_stay() -> None:
+    config = resolved(min_lr=0.0, lr_warmup_iters=0, max_position_embeddings=4096, kv_channels=32)
+    assert config.optimizer.min_lr == 0.0 and config.optimizer.lr_warmup_iters == 0
+    assert config.model.max_position_embeddings == 4096 and config.model.kv_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_layers": 0}, "--num-layers 0: must be at least 1"),
+        ({"num_latent_thoughts": -1}, "--num-latent-thoughts -1: must be at least 0"),
+        ({"num_jacobi_iterations": -2}, "--num-jacobi-iterations -2: must be at least 0"),
+        ({"hidden_dropout": 1.0}, "--hidden-dropout 1.0"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction 1.5"),
+        ({"pipeline_model_parallel_size": 2}, "pipeline-model-parallel-size 2: not supported"),
+        ({"context_parallel_size": 2}, "context-parallel-size 2: not supported"),
+        ({"tensor_model_parallel_size": 2}, "does not divide the 1 ranks"),
+        ({"world_size": 2, "sequence_parallel": True}, "--sequence-parallel needs"),
+        ({"hidden_size": 770}, "--hidden-size 770: not a multiple of --num-attention-heads 12"),
+        ({"num_query_groups": 5}, "not a multiple of --num-query-groups 5"),
+        ({"rotary_percent": 0.01}, "--rotary-percent 0.01"),
+        (
+            {"world_size": 8, "tensor_model_parallel_size": 8},
+            "--num-attention-heads 12: not a multiple of --tensor-model-parallel-size 8",
+        ),
+        (
+            {"world_size": 2, "tensor_model_parallel_size": 2, "num_query_groups": 3},
+            "--num-query-groups 3: not a multiple of --tensor-model-parallel-size 2",
+        ),
+        (
+            {
+                "world_size": 2,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "seq_length": 127,
+            },
+            "--seq-length (with --sequence-parallel) 127",
+        ),
+        ({"vocab_size": None}, "--vocab-size must be given"),
+        ({"tokenizer": 1001}, "vocabulary of 1001 is larger than the model's --vocab-size 1000"),
+        ({"min_jacobi_iterations": 4, "random_jacobi_iterations": True}, "is above --max-jacobi"),
+        ({"global_batch_size": 7, "micro_batch_size": 2}, "--global-batch-size 7: not a multiple"),
+        ({"min_lr": 1.0}, "--min-lr 1.0"),
+        ({"lr_warmup_iters": 1000}, "--lr-warmup-iters 1000: must be below --lr-decay-iters 1000"),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2000},
+            "--lr-wsd-decay-iters 2000: must not be above",
+        ),
+        (
+            {
+                "position_embedding_type": "learned_absolute",
+                "max_position_embeddings": 1024,
+                "seq_length": 2048,
+            },
+            "--seq-length 2048: longer than the 1024 learned positions",
+        ),
+        ({"train_data_path": ("b",)}, "give either --data-path or --train-data-path"),
+        ({"data_path": ("0.5", "a", "b")}, "--data-path 0.5 a b: must be prefixes only"),
+        ({"data_path": ("0", "a")}, "every weight must be above 0"),
+        ({"split": "1,2"}, "--split 1,2"),
+        ({"finetune": True}, "--finetune and --ckpt-step need --load"),
+        ({"save_interval": 10}, "--save-interval needs --save"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_what_cannot_work(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        resolved(**settings)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        resolved(global_batch_size=7, micro_batch_size=2, min_lr=1.0, num_query_groups=5)
+    assert str(error.value).count("\n  - ") == 3
