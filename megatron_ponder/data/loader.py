@@ -67,8 +67,8 @@ def build_loader(
         if smallest < 0 or largest >= vocab_size:
             raise DataError(
                 f"the data has token ids from {smallest} to {largest}, but the model's vocabulary "
-                f"ends at {vocab_size - 1}. The data was made with another tokenizer; preprocess it "
-                "with this one, or give the --tokenizer-model and --vocab-size it was made with."
+                f"ends at {vocab_size - 1}. The data was made with another tokenizer; preprocess "
+                "it with this one, or give the --tokenizer-model and --vocab-size it was made with."
             )
         yield batch
 

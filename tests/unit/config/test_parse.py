@@ -124,6 +124,6 @@ def test_help_teaches_and_imports_no_torch() -> None:
         "torchrun",
         "--num-jacobi-iterations",
         "llama-410m",
-        "--use-distributed-optimizer",
+        "--use-distributed",
     ):
         assert part in shown.stdout
