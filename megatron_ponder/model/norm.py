@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm on torch's own kernels, for megatron-core layers.
+"""RMSNorm and LayerNorm for megatron-core layers.
 
 megatron-core's torch norm refuses sequence parallelism. Under it each rank norms its own slots, so
 a norm's gradient is a partial sum, and its parameters must say so: megatron-core adds up the
@@ -7,6 +7,18 @@ gradients of parameters that carry `sequence_parallel = True` over the tensor-pa
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ponder.kernels.rms_norm import rms_norm
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's module on this package's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Norm:
@@ -17,7 +29,7 @@ class Norm:
     ) -> torch.nn.Module:
         """A norm over the last dim; parameters of shape [hidden_size] in config.params_dtype."""
         kinds: dict[str, type[torch.nn.Module]] = {
-            "RMSNorm": torch.nn.RMSNorm,
+            "RMSNorm": RMSNorm,
             "LayerNorm": torch.nn.LayerNorm,
         }
         norm = kinds[config.normalization](

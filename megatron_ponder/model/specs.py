@@ -1,6 +1,8 @@
 """Which modules a layer is made of. Only this file of the package looks at the architecture."""
 
 import dataclasses
+import functools
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -9,11 +11,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.model.attention import RotarySelfAttention, SdpaCoreAttention
 from megatron_ponder.model.layer import ParallelResidualLayer, get_bias_dropout_add
+from megatron_ponder.model.mlp import SwigluMLP
 from megatron_ponder.model.norm import Norm
 
 
 def layer_spec(model: ModelConfig) -> ModuleSpec:
-    """megatron-core's local layer with our attention, norms and residual add.
+    """megatron-core's local layer with our attention, norms, gated MLP and residual add.
 
     Starts from megatron-core's own spec, so that what it changes between versions (how `mlp` is
     described, for one) stays its own business. Checkpoint keys of the norms are mapped to those of
@@ -35,6 +38,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
+            mlp=_gated(local.mlp) if model.activation == "swiglu" else local.mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -42,3 +46,10 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             },
         ),
     )
+
+
+def _gated(mlp: Any) -> Any:
+    """megatron-core's description of an MLP, with our class: a spec (0.16), or a call (0.19)."""
+    if isinstance(mlp, ModuleSpec):
+        return ModuleSpec(module=SwigluMLP, submodules=mlp.submodules)
+    return functools.partial(SwigluMLP.as_mlp_submodule, **mlp.keywords)

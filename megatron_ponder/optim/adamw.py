@@ -9,7 +9,12 @@ import math
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ponder.config.schema import RunConfig
@@ -20,7 +25,7 @@ WSD_DECAY_STYLE = "exponential"
 
 def build_optimizer(
     config: RunConfig, model: DistributedDataParallel
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """The optimizer of a wrapped model, and the schedule that sets its learning rate.
 
     Args:
@@ -46,7 +51,19 @@ def build_optimizer(
         ),
         [model],
     )
+    _use_fused_step(optimizer)
     return optimizer, build_scheduler(config, optimizer)
+
+
+def _use_fused_step(optimizer: ChainedOptimizer) -> None:
+    """Let torch's AdamW, which megatron-core takes without TE and apex, update in one kernel.
+
+    megatron-core has no setting for it, and torch's default on CPU is one operation at a time.
+    """
+    for chained in optimizer.chained_optimizers:
+        if isinstance(chained.optimizer, torch.optim.Adam):  # AdamW is a subclass
+            for group in chained.optimizer.param_groups:
+                group["fused"] = True
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

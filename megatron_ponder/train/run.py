@@ -66,7 +66,7 @@ def run(config: RunConfig) -> None:
         prepare_folder(config)
         checkpoint = find_checkpoint(config.checkpoint)
         datasets = build_datasets(config, tokenizer, _num_samples(config))
-        trainee = _build_trainee(config)
+        trainee = build_trainee(config)
         _describe(config, trainee)
         progress = Progress()
         if checkpoint is not None:
@@ -91,7 +91,7 @@ def _num_samples(config: RunConfig) -> tuple[int, int, int]:
     return training.train_iters * training.global_batch_size, num_evaluation, num_evaluation
 
 
-def _build_trainee(config: RunConfig) -> Trainee:
+def build_trainee(config: RunConfig) -> Trainee:
     """Model, optimizer and schedule."""
     model = wrap_data_parallel(build_model(config), config)
     optimizer, scheduler = build_optimizer(config, model)

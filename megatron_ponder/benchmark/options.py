@@ -1,0 +1,40 @@
+"""Flags of tools/benchmark.py. Imports no torch: `--help` is instant."""
+
+import dataclasses
+
+from megatron_ponder.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainBenchmarkOptions:
+    """How long to measure, and what besides our own step."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    steps: int = 3
+    """Optimizer steps per round."""
+    warmup_steps: int = 2
+    """Steps of each side before the first round, not timed."""
+    rounds: int = 5
+    """Rounds of each side, in turns."""
+    r_values: tuple[int, ...] = ()
+    """Also measure time and memory of our step at each of these R."""
+    plot: str | None = None
+    """PNG to draw memory and time over R into; needs --r-values."""
+    no_reference: bool = False
+    """Measure our side only (settings that the plain PyTorch model does not have)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: a number too small, or a plot of nothing.
+        """
+        for name in ("steps", "warmup_steps", "rounds"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)}: must be at least 1.")
+        if any(r < 0 for r in self.r_values):
+            raise ConfigError("--r-values: every R must be at least 0.")
+        if self.plot and not self.r_values:
+            raise ConfigError("--plot needs --r-values.")
