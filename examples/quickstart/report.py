@@ -29,9 +29,8 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.train.metrics import FLOPS_PER_FORWARD_FLOP
 
-FLOPS_PER_FORWARD_FLOP = 3
-"""Training: the backward is two more forwards."""
 COLORS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#7c3aed")
 INK = "#1f2937"
 
