@@ -1,0 +1,59 @@
+"""tools/benchmark.py: both sides do the same work, and what it prints is whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.launch import LAUNCH_TIMEOUT_S, ROOT
+
+SMALL = (
+    "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --vocab-size 64 --seq-length 16 "
+    "--global-batch-size 4 --micro-batch-size 2 --steps 1 --rounds 2 --warmup-steps 1"
+).split()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/benchmark.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LAUNCH_TIMEOUT_S,
+    )
+
+
+def test_train(tmp_path: Path) -> None:
+    plot = tmp_path / "by_r.png"
+    ended = run("train", "--json", *SMALL, "--r-values", "0", "2", "--plot", str(plot))
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    ours, reference = result["ours"], result["reference"]
+    assert ours["first_loss"] == pytest.approx(reference["first_loss"], abs=1e-5)
+    assert ours["tokens_per_s"] == pytest.approx(64 / ours["ms_per_step"] * 1e3)
+    assert ours["steps"] == 2 and ours["tflops"] > 0
+    assert 0 <= ours["step_memory_gib"] < ours["peak_memory_gib"]
+    speedup = result["speedup"]
+    assert speedup["least"] <= speedup["median"] <= speedup["largest"]
+    assert [row["num_jacobi_iterations"] for row in result["by_r"]] == [0, 2]
+    assert result["config"]["hidden_size"] == 32
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "what to measure must come first: train"),
+        (["train", "--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["train", "--plot", "x.png"], "--plot needs --r-values"),
+        (["train", *SMALL, "--hidden-dropout", "0.1"], "the plain PyTorch reference has 0.0 only"),
+        (["train", *SMALL, "--num-layer", "2"], "num-layers"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == 2, ended.stderr
+    assert message in ended.stderr and "Traceback" not in ended.stderr
