@@ -6,8 +6,8 @@ For a head's first 2r channels, x = (x1, x2) of r channels each, at angle a[t, i
     y2 = x2 cos a + x1 sin a
 
 and the other channels unchanged. The backward is the rotation by -a. Written as one function with
-its own backward because composed from slices and concatenations it copies each query and key about
-six times.
+its own backward, from the joint projection to queries, keys and values, because composed from
+slices and concatenations it copies each query and key about six times.
 """
 
 from typing import Any
@@ -32,40 +32,62 @@ def rotary_table(angles: Tensor, num_stages: int, dtype: torch.dtype) -> Tensor:
     return table.repeat_interleave(num_stages, dim=1)
 
 
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate queries or keys.
+def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a joint projection, the first two rotated.
 
     Args:
-        x: [slots, b, heads, d].
-        table: [2, slots, 1, 1, r] from `rotary_table`, 2r <= d, in x's dtype.
+        mixed: [slots, b, groups, (n + 2) * d]; each group holds its n queries, its key, its value.
+        table: [2, slots, 1, 1, r] from `rotary_table`, 2r <= d, in mixed's dtype.
+        head_dim: d.
 
     Returns:
-        [slots, b, heads, d], contiguous.
+        Queries [slots, b, groups * n, d], keys and values [slots, b, groups, d]; in memory each is
+        [b, heads, slots, d], which attention reads fastest.
     """
-    return _Rotary.apply(x, table)
+    return _SplitAndRotate.apply(mixed.unflatten(-1, (-1, head_dim)), table)
 
 
-class _Rotary(torch.autograd.Function):
-    """See the module's formula."""
+class _SplitAndRotate(torch.autograd.Function):
+    """See the module's formula; the backward writes all gradients into one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(table)
-        return _rotate(x, table[0], table[1])
+        ctx.shape = mixed.shape
+        slots, b, groups, num_heads, d = mixed.shape
+        query = mixed.new_empty(b, groups, num_heads - 2, slots, d)
+        key = mixed.new_empty(b, groups, 1, slots, d)
+        value = mixed.new_empty(b, groups, slots, d)
+        # [b, groups, n, slots, d] -> [slots, b, groups, n, d], views
+        _rotate(mixed[:, :, :, :-2], table[0], table[1], out=query.permute(3, 0, 1, 2, 4))
+        _rotate(mixed[:, :, :, -2:-1], table[0], table[1], out=key.permute(3, 0, 1, 2, 4))
+        value.copy_(mixed[:, :, :, -1].permute(1, 2, 0, 3))
+        # [b, groups, n, slots, d] -> [slots, b, groups * n, d]
+        heads_first = query.flatten(1, 2), key.flatten(1, 2), value
+        query, key, value = (part.permute(2, 0, 1, 3) for part in heads_first)
+        return query, key, value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (table,) = ctx.saved_tensors
-        return _rotate(grad_outputs[0], table[0], -table[1]), None
+        cos, minus_sin = table[0], -table[1]
+        slots, b, groups, num_heads, d = ctx.shape
+        grad_query, grad_key, grad_value = grad_outputs
+        grad = grad_value.new_empty(ctx.shape)
+        grad_query = grad_query.unflatten(2, (groups, num_heads - 2))
+        _rotate(grad_query, cos, minus_sin, out=grad[:, :, :, :-2])
+        _rotate(grad_key.unsqueeze(3), cos, minus_sin, out=grad[:, :, :, -2:-1])
+        grad[:, :, :, -1] = grad_value
+        return grad, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation, each half in two passes over memory."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """The rotation of x [slots, b, groups, heads, d] into `out`, each half in two passes."""
     r = cos.size(-1)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [slots, 1, 1, r] -> [slots, 1, 1, 1, r]
     x1, x2 = x[..., :r], x[..., r : 2 * r]
-    y1, y2 = y[..., :r], y[..., r : 2 * r]
+    y1, y2 = out[..., :r], out[..., r : 2 * r]
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    y[..., 2 * r :] = x[..., 2 * r :]
-    return y
+    if 2 * r < x.size(-1):
+        out[..., 2 * r :] = x[..., 2 * r :]

@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ponder.kernels.rotary import apply_rotary
+from megatron_ponder.kernels.rotary import split_and_rotate
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -114,8 +114,11 @@ class RotarySelfAttention(SelfAttention):
             [slots, b, h], and the bias that the caller adds (None without biases).
         """
         assert all(value is None for value in unused.values()), unused
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
-        if rotary_pos_emb is not None:
-            query = apply_rotary(query, rotary_pos_emb)
-            key = apply_rotary(key, rotary_pos_emb)
+        if rotary_pos_emb is None:
+            query, key, value = self.get_query_key_value_tensors(hidden_states)
+        else:
+            mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+            query, key, value = split_and_rotate(
+                mixed, rotary_pos_emb, self.hidden_size_per_attention_head
+            )
         return self.linear_proj(self.core_attention(query, key, value, attention_mask))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ponder.kernels.rotary import apply_rotary, rotary_table
+from megatron_ponder.kernels.rotary import rotary_table, split_and_rotate
 
 
 def angles_of(num_tokens, r, base=10000.0):
@@ -12,37 +12,49 @@ def angles_of(num_tokens, r, base=10000.0):
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
+def turned(x, num_stages, r):
+    """[slots, b, heads, d] rotated as complex numbers, slot by slot."""
+    y = x.clone()
+    for slot in range(x.size(0)):
+        angles = angles_of(x.size(0), r)[slot // num_stages, 0, 0, :r]
+        pairs = torch.complex(x[slot, ..., :r], x[slot, ..., r : 2 * r])
+        pairs = pairs * torch.polar(torch.ones(r, dtype=torch.float64), angles)
+        y[slot, ..., :r], y[slot, ..., r : 2 * r] = pairs.real, pairs.imag
+    return y
+
+
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 @pytest.mark.parametrize("d, r", [(8, 4), (8, 1), (6, 2)])
-def test_is_a_complex_rotation_at_the_tokens_position(num_stages, d, r):
-    num_tokens = 5
+@pytest.mark.parametrize("queries_per_group", [1, 3])
+def test_is_a_complex_rotation_at_the_tokens_position(num_stages, d, r, queries_per_group):
+    num_tokens, groups = 5, 2
     table = rotary_table(angles_of(num_tokens, r), num_stages, torch.float64)
-    x = torch.randn(num_tokens * num_stages, 2, 3, d, dtype=torch.float64)
-    y = apply_rotary(x, table)
-    for slot in range(x.size(0)):
-        turn = torch.polar(
-            torch.ones(r, dtype=torch.float64),
-            angles_of(num_tokens, r)[slot // num_stages, 0, 0, :r],
-        )
-        turned = torch.complex(x[slot, ..., :r], x[slot, ..., r : 2 * r]) * turn
-        torch.testing.assert_close(y[slot, ..., :r], turned.real)
-        torch.testing.assert_close(y[slot, ..., r : 2 * r], turned.imag)
-    assert torch.equal(y[..., 2 * r :], x[..., 2 * r :])
+    mixed = torch.randn(
+        num_tokens * num_stages, 2, groups, (queries_per_group + 2) * d, dtype=torch.float64
+    )
+    query, key, value = split_and_rotate(mixed, table, d)
+    parts = mixed.split((queries_per_group * d, d, d), dim=-1)
+    heads = [part.reshape(*mixed.shape[:2], -1, d) for part in parts]
+    torch.testing.assert_close(query, turned(heads[0], num_stages, r))
+    torch.testing.assert_close(key, turned(heads[1], num_stages, r))
+    assert torch.equal(value, heads[2])
+    assert torch.equal(query[..., 2 * r :], heads[0][..., 2 * r :])
 
 
-def test_gradient_and_strided_input():
+def test_gradient_with_strided_input_and_gradients():
     table = rotary_table(angles_of(3, 2), 2, torch.float64)
-    whole = torch.randn(6, 2, 3, 3 * 6, dtype=torch.float64, requires_grad=True)
+    whole = torch.randn(2, 6, 2, 4 * 6, dtype=torch.float64, requires_grad=True)
 
-    def rotate_slice(x):
-        return apply_rotary(x[..., 6:12], table)
+    def heads(x):
+        # As attention takes them: [b, heads, slots, d].
+        parts = split_and_rotate(x.transpose(0, 1), table, 6)
+        return tuple(part.permute(1, 2, 0, 3) for part in parts)
 
-    assert torch.autograd.gradcheck(rotate_slice, (whole,))
-    assert rotate_slice(whole).is_contiguous()
+    assert torch.autograd.gradcheck(heads, (whole,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeps_the_dtype(dtype):
     table = rotary_table(angles_of(4, 2).float(), 1, dtype)
-    x = torch.randn(4, 1, 2, 4, dtype=dtype)
-    assert apply_rotary(x, table).dtype == dtype
+    mixed = torch.randn(4, 1, 2, 12, dtype=dtype)
+    assert {part.dtype for part in split_and_rotate(mixed, table, 4)} == {dtype}
