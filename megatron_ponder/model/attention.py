@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ponder.kernels.rotary import split_and_rotate
+from megatron_ponder.model.stages import keep_stages
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -106,12 +107,13 @@ class RotarySelfAttention(SelfAttention):
 
         Args:
             hidden_states: [slots, b, h] (this rank's slots under sequence parallelism).
-            attention_mask: None; causality is built in.
+            attention_mask: which stages are read (`model.stages.kept_stages`); None: all.
             rotary_pos_emb: from `kernels.rotary.rotary_table`; None without rotary positions.
             unused: what megatron-core's layer passes for its own forward; all None.
 
         Returns:
-            [slots, b, h], and the bias that the caller adds (None without biases).
+            [slots, b, h], or of the slots that are read; and the bias that the caller adds (None
+            without biases).
         """
         assert all(value is None for value in unused.values()), unused
         if rotary_pos_emb is None:
@@ -121,4 +123,5 @@ class RotarySelfAttention(SelfAttention):
             query, key, value = split_and_rotate(
                 mixed, rotary_pos_emb, self.hidden_size_per_attention_head
             )
-        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+        context = self.core_attention(query, key, value, attention_mask=None)
+        return self.linear_proj(keep_stages(context, attention_mask))

@@ -1,4 +1,9 @@
-"""What GPT-NeoX and a dropout-free residual stream need beyond megatron-core's TransformerLayer."""
+"""Transformer layers whose last one works for the slots that are read, and no others.
+
+megatron-core's block hands the same arguments to all its layers and keeps them through
+recomputation if they are tensors. So which stages are read travels as a tensor of three numbers, in
+the place of the attention mask, which causal attention does not need.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+from megatron_ponder.model.stages import keep_stages
 
 OutputAndBias = tuple[Tensor, Tensor | None]
 
@@ -35,7 +42,47 @@ def get_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tensor]:
     return bias_dropout_add
 
 
-class ParallelResidualLayer(TransformerLayer):
+class SequentialResidualLayer(TransformerLayer):
+    """Llama's and GPT-2's layer: y = x + attention(norm1(x)), then y + mlp(norm2(y)).
+
+    megatron-core's layer computes the same. This one leaves out, in the last layer of the model,
+    the work for slots that nobody reads: they are needed as keys and values only.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """Run the layer.
+
+        Args:
+            hidden_states: [slots, b, h].
+            attention_mask: which stages are read, from `kept_stages`; None: all.
+            rotary_pos_emb: from `kernels.rotary.rotary_table`.
+            unused: what megatron-core's block passes besides.
+
+        Returns:
+            [slots, b, h], or in the last layer [slots that are read, b, h]; and None, as
+            megatron-core expects.
+        """
+        kept = self._kept(attention_mask)
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        attention = self.self_attention(
+            self.input_layernorm(hidden_states), kept, rotary_pos_emb=rotary_pos_emb
+        )
+        hidden_states = add(attention, keep_stages(hidden_states, kept), self.hidden_dropout)
+        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return add(mlp, hidden_states, self.hidden_dropout), None
+
+    def _kept(self, stages: Tensor | None) -> Tensor | None:
+        """The stages to keep in this layer: all but in the model's last."""
+        return stages if self.layer_number == self.config.num_layers else None
+
+
+class ParallelResidualLayer(SequentialResidualLayer):
     """GPT-NeoX's layer: y = x + attention(norm1(x)) + mlp(norm2(x)).
 
     Both branches read x, each with its own norm; with fused layers (TransformerEngine) the norms
@@ -47,15 +94,15 @@ class ParallelResidualLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        **kwargs: Any,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
-        """Run the layer on [s, b, h]; returns ([s, b, h], None), as megatron-core expects."""
+        """As the base class."""
+        kept = self._kept(attention_mask)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         attention = self.self_attention(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            rotary_pos_emb=rotary_pos_emb,
+            self.input_layernorm(hidden_states), kept, rotary_pos_emb=rotary_pos_emb
         )
+        hidden_states = keep_stages(hidden_states, kept)
         mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
         with_attention = add(attention, hidden_states, self.hidden_dropout)
         return add(mlp, with_attention, self.hidden_dropout), None

@@ -29,7 +29,7 @@ from megatron_ponder.kernels.rotary import rotary_table
 from megatron_ponder.model.embedding import PonderEmbedding
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.padded_vocab import mask_padded_columns
-from megatron_ponder.ponder.interleave import select_stages
+from megatron_ponder.model.stages import kept_stages
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.plan import Pass, PassPlan
 
@@ -138,23 +138,25 @@ class PonderGPTModel(LanguageModule):
         )
 
     def run_layers(self, pass_: Pass, hidden: Tensor, num_tokens: int) -> Tensor:
-        """All layers of this stage; every slot of a token has the token's position.
+        """All layers of this rank; every slot of a token has the token's position.
 
         Args:
             pass_: the pass.
             hidden: [s * stages, b, h] (local under sequence parallelism).
             num_tokens: s over all sequence-parallel ranks.
+
+        Returns:
+            [s * read stages, b, h]: the last layer gives the slots that are read only.
         """
         rotary = None
         if self.rotary_pos_emb is not None:
             angles = self.rotary_pos_emb(num_tokens)
             rotary = rotary_table(angles, pass_.num_stages, hidden.dtype)
-        return self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary)
+        return self.decoder(hidden, attention_mask=kept_stages(pass_), rotary_pos_emb=rotary)
 
     def read(self, pass_: Pass, hidden: Tensor) -> Tensor:
-        """The stages that somebody reads, normed if the pass says so: [s * read stages, b, h]."""
-        read = select_stages(hidden, pass_.num_stages, pass_.read_stages)
-        return self.final_norm(read) if pass_.final_norm else read
+        """What the layers gave, normed if the pass says so: [s * read stages, b, h]."""
+        return self.final_norm(hidden) if pass_.final_norm else hidden
 
     def compute_output(self, read: Tensor, labels: Tensor | None) -> Tensor:
         """Logits, or the loss of each token; see `forward`. `read` is [s, b, h]."""

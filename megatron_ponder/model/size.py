@@ -12,8 +12,8 @@ Floating-point operations are those of matrix products, two per multiplication a
 A pass with n stages has n x tokens slots. Norms, activations, softmax, rotary positions, biases and
 embedding look-ups are not counted, and neither are the rows that pad the vocabulary, nor anything
 that is computed twice to save memory. Causal attention is counted as half of the square, which is
-what an ideal kernel does; a kernel that computes the whole square gets no credit for it. Every
-pass counts all of its slots in every layer, read or not: that is what is run.
+what an ideal kernel does; a kernel that computes the whole square gets no credit for it. In the
+last layer, slots that nobody reads are counted up to the attention: that is what is run.
 
 The backward of a matrix product is two products of the same size: a training step is three times
 its forward (`train.metrics.FLOPS_PER_FORWARD_FLOP`).
@@ -110,15 +110,16 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
         seq_length: tokens in the sequence.
     """
     assert model.vocab_size is not None and model.kv_channels is not None
-    linear_weights = sum(inputs * outputs for inputs, outputs in _linear_modules(model))
+    weights = [inputs * outputs for inputs, outputs in _linear_modules(model)]
     attention_width = model.num_attention_heads * model.kv_channels
     head = 2 * seq_length * model.hidden_size * model.vocab_size
     passes = []
     for pass_ in plan.passes:
-        slots = pass_.num_stages * seq_length
+        slots, read_slots = pass_.num_stages * seq_length, pass_.num_read_stages * seq_length
+        last_layer = slots * weights[0] + read_slots * sum(weights[1:])
         passes.append(
             PassFlops(
-                linear=model.num_layers * 2 * slots * linear_weights,
+                linear=2 * ((model.num_layers - 1) * slots * sum(weights) + last_layer),
                 attention=model.num_layers * 2 * slots**2 * attention_width,
                 head=head if plan.is_last(pass_) else 0,
             )

@@ -6,11 +6,14 @@ from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.model.attention import RotarySelfAttention, SdpaCoreAttention
-from megatron_ponder.model.layer import ParallelResidualLayer, get_bias_dropout_add
+from megatron_ponder.model.layer import (
+    ParallelResidualLayer,
+    SequentialResidualLayer,
+    get_bias_dropout_add,
+)
 from megatron_ponder.model.mlp import SwigluMLP
 from megatron_ponder.model.norm import Norm
 
@@ -25,7 +28,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
     local = get_gpt_layer_local_spec(normalization=model.normalization).submodules
     attention = local.self_attention
     return ModuleSpec(
-        module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
+        module=ParallelResidualLayer if model.parallel_residual else SequentialResidualLayer,
         submodules=dataclasses.replace(
             local,
             input_layernorm=Norm,

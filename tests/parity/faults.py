@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_ponder.kernels.rotary import rotary_table
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
-from megatron_ponder.ponder.interleave import select_stages
-from megatron_ponder.ponder.plan import Pass, PassPlan
+from megatron_ponder.model.stages import kept_stages
+from megatron_ponder.ponder.plan import PassPlan
 
 
 def _shifted_label(model: PonderGPTModel) -> None:
@@ -26,11 +27,12 @@ def _shifted_label(model: PonderGPTModel) -> None:
 def _position_per_slot(model: PonderGPTModel) -> None:
     """Rotary or learned positions count slots instead of tokens."""
     if model.rotary_pos_emb is not None:
-        run_layers = model.run_layers
 
         def run_layers_per_slot(pass_, hidden, num_tokens):
-            one_stage = Pass(index=pass_.index, num_stages=1, read_stages=range(1))
-            return run_layers(one_stage, hidden, num_tokens * pass_.num_stages)
+            angles = model.rotary_pos_emb(num_tokens * pass_.num_stages)
+            table = rotary_table(angles, 1, hidden.dtype)
+            kept = kept_stages(pass_)
+            return model.decoder(hidden, attention_mask=kept, rotary_pos_emb=table)
 
         model.run_layers = run_layers_per_slot
         return
@@ -51,21 +53,21 @@ def _skipped_norm(model: PonderGPTModel) -> None:
     def without_norm(pass_, hidden):
         if pass_.read_stages.stop == pass_.num_stages and pass_.read_stages.start > 0:
             return original(pass_, hidden)
-        return select_stages(hidden, pass_.num_stages, pass_.read_stages)
+        return hidden
 
     model.read = without_norm
 
 
 def _loss_at_first_stage(model: PonderGPTModel) -> None:
     """Read the next token at the token's own slot instead of its last thought."""
+    original = model.run_layers
 
-    def misread(pass_, hidden):
-        stages = pass_.read_stages
-        if stages.start > 0:
-            stages = range(1)
-        return model.final_norm(select_stages(hidden, pass_.num_stages, stages))
+    def misread(pass_, hidden, num_tokens):
+        if pass_.read_stages.start > 0:
+            pass_ = dataclasses.replace(pass_, read_stages=range(1))
+        return original(pass_, hidden, num_tokens)
 
-    model.read = misread
+    model.run_layers = misread
 
 
 def _unscaled_embedding(model: PonderGPTModel) -> None:
