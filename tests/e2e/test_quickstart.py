@@ -67,7 +67,7 @@ def test_interrupted_resumed_and_run_again(tmp_path: Path) -> None:
     while not (folder / "vanilla" / "latest_checkpointed_iteration.txt").is_file():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "The same command goes on from here" in output
 
