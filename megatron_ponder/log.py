@@ -38,6 +38,7 @@ def configure() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
 
 
 def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
