@@ -1,4 +1,4 @@
-"""Every layout gives the numbers of one process: tensor, sequence, pipeline, context, data parallel.
+"""Every layout gives the numbers of one process.
 
 One checkpoint is loaded everywhere. Each layout's ranks start once and run every model; see
 tests/parity/measure.py for what is compared and tolerances.py for how closely. `make test` runs a
