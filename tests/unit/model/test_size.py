@@ -87,6 +87,10 @@ def ponderlm2(k, r):
     return {"method": "ponderlm2", "num_latent_thoughts": k, "num_jacobi_iterations": r}
 
 
+def extra(k, method):
+    return {"method": method, "num_latent_thoughts": k}
+
+
 FLOP_CASES = {
     "llama vanilla": LLAMA | VANILLA,
     "neox vanilla": NEOX | VANILLA,
@@ -95,6 +99,12 @@ FLOP_CASES = {
     "llama k1 r1, a head of its own width": LLAMA | ponderlm2(1, 1) | {"kv_channels": 6},
     "neox parallel k1 r2": NEOX | ponderlm2(1, 2) | {"parallel_residual": True},
     "gpt2 k2 r1": GPT2 | ponderlm2(2, 1),
+    "llama k2 r1, mixtures": LLAMA | ponderlm2(2, 1) | {"interpolation": True},
+    "llama ponderlm": LLAMA | extra(3, "ponderlm"),
+    "gpt2 ponderlm, top-k": GPT2 | extra(2, "ponderlm") | {"interpolation_use_topk": True},
+    "neox ponderlm, hidden states": NEOX | extra(2, "ponderlm") | {"ponderlm_feedback": "hidden"},
+    "neox loop": NEOX | extra(3, "loop"),
+    "llama pause": LLAMA | extra(3, "pause") | {"pause_token_id": 111},
 }
 
 
@@ -140,7 +150,7 @@ def test_equals_torchs_counter():
         config = flop_config(name)
         plan = load_method(config.method).plan(config.method.num_jacobi_iterations)
         counts = forward_flops(config.model, plan, SEQ_LENGTH)
-        linear = sum(p.linear + p.head for p in counts.passes)
+        linear = sum(p.linear + p.head + p.mixture for p in counts.passes)
         attention = sum(p.attention for p in counts.passes)
         assert forward == (linear, 2 * attention), name
         assert with_backward == (3 * linear, 6 * attention), name
