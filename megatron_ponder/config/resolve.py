@@ -199,14 +199,15 @@ def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
             "weights) and --overlap-grad-reduce."
         )
     if parallel.pipeline_model_parallel_size == 1:
-        for name in (
-            "num_virtual_stages_per_pipeline_rank",
-            "decoder_first_pipeline_num_layers",
-            "decoder_last_pipeline_num_layers",
-            "overlap_p2p_communication",
-        ):
-            if getattr(parallel, name) not in (1, None, False):
-                yield f"{_flag(name)} needs --pipeline-model-parallel-size of at least 2."
+        unused = {
+            "num_virtual_stages_per_pipeline_rank": parallel.num_virtual_stages_per_pipeline_rank
+            > 1,
+            "decoder_first_pipeline_num_layers": parallel.decoder_first_pipeline_num_layers,
+            "decoder_last_pipeline_num_layers": parallel.decoder_last_pipeline_num_layers,
+            "overlap_p2p_communication": parallel.overlap_p2p_communication,
+        }
+        for name in (name for name, is_given in unused.items() if is_given):
+            yield f"{_flag(name)} needs --pipeline-model-parallel-size of at least 2."
 
 
 def _shape(model: ModelConfig) -> Iterator[str]:
