@@ -34,6 +34,7 @@ from megatron_ponder.model.embedding import (
     append_extra_tokens,
     rounded_scale,
 )
+from megatron_ponder.model.embedding_copy import EmbeddingCopy, mark_as_replicated
 from megatron_ponder.model.mixture import mix_embeddings
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.padded_vocab import mask_padded_columns
@@ -91,6 +92,17 @@ class PonderGPTModel(LanguageModule):
                 num_positions=shape.max_position_embeddings if has_learned_positions else None,
                 scale=self.embedding_scale,
                 pg_collection=pg_collection,
+            )
+        self.replicates_embedding = (
+            pre_process != post_process
+            and method.plan(1).mixes_embeddings
+            and not self.share_embeddings_and_output_weights
+        )
+        if self.replicates_embedding and pre_process:
+            mark_as_replicated(self.embedding.word_embeddings.weight, is_copy=False)
+        if self.replicates_embedding and post_process:
+            self.embedding_copy = EmbeddingCopy(
+                config, vocab_size=vocab_size, pg_collection=pg_collection
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if not has_learned_positions:
@@ -243,10 +255,16 @@ class PonderGPTModel(LanguageModule):
 
     def mixed_embeddings(self) -> Tensor:
         """The embedding table on the last stage, [padded vocabulary / tp, h]."""
-        if self.pre_process:
-            return self.embedding.word_embeddings.weight
-        assert self.share_embeddings_and_output_weights
-        return self.shared_embedding_or_output_weight()
+        replicated = self.replicated_embedding
+        return self.shared_embedding_or_output_weight() if replicated is None else replicated
+
+    @property
+    def replicated_embedding(self) -> torch.nn.Parameter | None:
+        """The embedding, where it is on the first and on the last stage without being tied."""
+        if not self.replicates_embedding:
+            return None
+        holder = self.embedding if self.pre_process else self.embedding_copy
+        return holder.word_embeddings.weight
 
     def run_layers(self, pass_: Pass, hidden: Tensor) -> Tensor:
         """All layers of this rank; every slot of a token has the token's position.

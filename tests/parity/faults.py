@@ -32,6 +32,7 @@ def _position_per_slot(model: PonderGPTModel) -> None:
             angles = model.rotary_pos_emb.get_emb(model._num_tokens(hidden.size(0)))
             table = rotary_table(angles, 1, hidden.dtype)
             kept = kept_stages(pass_)
+            model.decoder.set_input_tensor(hidden)
             return model.decoder(hidden, attention_mask=kept, rotary_pos_emb=table)
 
         model.run_layers = run_layers_per_slot
@@ -164,8 +165,10 @@ def _mixture_of_the_own_shard(model: PonderGPTModel) -> None:
 
     def mix(read):
         probabilities = torch.softmax(model.compute_logits(read), dim=-1)
-        mixture = torch.matmul(probabilities, model.mixed_embeddings())
-        return mixture / model.pg_collection.tp.size() * model.embedding_scale
+        mixture = torch.matmul(probabilities, model.mixed_embeddings()) * model.embedding_scale
+        if model.config.sequence_parallel:
+            return mixture.chunk(model.pg_collection.tp.size())[model.pg_collection.tp.rank()]
+        return mixture
 
     model.mix = mix
 
