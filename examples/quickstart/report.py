@@ -144,6 +144,8 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
             ):
                 tokens, flops, losses = result.curve(split)
                 label = f"{result.name}, " + ("validation" if split == "valid" else "training")
+                if len(results) > 2 and split == "train":
+                    label = "_"  # not in the legend, which would cover the curves
                 axes[0].plot([n / 1e6 for n in tokens], losses, color=color, label=label, **look)
                 axes[1].plot([n / 1e12 for n in flops], losses, color=color, **look)
         axes[0].set(xlabel="training tokens (millions)", ylabel="loss per token (nats)")

@@ -33,7 +33,7 @@ OPTIONS = (
 OTHERS_FLAGS = frozenset(
     # torchrun, docker, pip, our entry points' own, the quickstart
     "nproc-per-node standalone nnodes redirects log-dir rdzv-endpoint target rm gpus ipc config "
-    "preset help folder fresh".split()
+    "preset help folder fresh methods".split()
 )
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
