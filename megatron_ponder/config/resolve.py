@@ -170,6 +170,8 @@ def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size <= 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2."
+    if parallel.context_parallel_attention == "transformer_engine" and not config.training.bf16:
+        yield "--context-parallel-attention transformer_engine needs --bf16; use auto or gather."
     if parallel.overlap_param_gather and not (
         parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
     ):
