@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ponder.config.resolve import padded_vocab_size, resolve
+from megatron_ponder.config.layout import padded_vocab_size
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 
@@ -62,11 +63,11 @@ def test_given_values_stay() -> None:
         ({"world_size": 6, "context_parallel_size": 4}, "1 x 1 x 4 = 4 does not divide the 6"),
         (
             {"world_size": 5, "pipeline_model_parallel_size": 5, "global_batch_size": 5},
-            "cannot be shared equally by 5 of 5 pipeline ranks. --pipeline-model-parallel-size 4",
+            "cannot be shared equally by the pipeline ranks (5). --pipeline-model-parallel-size 4",
         ),
         (
             {"world_size": 3, "pipeline_model_parallel_size": 3, **UNEVEN, "global_batch_size": 3},
-            "what --decoder-first/last-pipeline-num-layers leave of the layers cannot be shared",
+            "of which the ends take what they are given, cannot be shared equally",
         ),
         (
             {"world_size": 2, **PP2, "num_virtual_stages_per_pipeline_rank": 4},
@@ -85,6 +86,11 @@ def test_given_values_stay() -> None:
             {"world_size": 2, "context_parallel_size": 2, "seq_length": 126},
             "--seq-length 126: not a multiple of 4, as 2 x --context-parallel-size 2 need. "
             "The nearest that works is 124.",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_num_layers": 5},
+            "--recompute-num-layers 5: does not divide the layers that a rank computes in a row "
+            "(12). The nearest that works is 4.",
         ),
         ({"jacobi_grad_passes": 0}, "--jacobi-grad-passes 0: must be at least 1"),
         ({"world_size": 2, "sequence_parallel": True}, "--sequence-parallel needs"),

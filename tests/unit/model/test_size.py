@@ -6,8 +6,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.presets import PRESETS
-from megatron_ponder.config.resolve import padded_vocab_size, resolve
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.build import build_model
 from megatron_ponder.model.size import count_parameters, forward_flops
