@@ -18,7 +18,7 @@ from megatron_ponder.data.readers import InputFormat, find_inputs, read_document
 from megatron_ponder.errors import DataError
 
 PAUSE_ID = 1
-"""Of the piece for the method pause, where one is reserved: the begin of sequences, not used here."""
+"""Of the piece for the method pause, where one is reserved: the unused begin of sequences."""
 
 MAX_PIECE_BYTES = 4096
 """SentencePiece trains on short texts; documents are cut at line ends into pieces up to this."""
@@ -47,8 +47,8 @@ class TokenizerTrainingConfig:
     num_threads: int = os.cpu_count() or 1
     """Threads of the trainer."""
     pause_piece: str | None = None
-    """Reserve a piece of this name, which no text gives, for the method pause. It takes the place of
-    the begin-of-sequence piece (id 1), which nothing here uses; no other id changes."""
+    """Reserve a piece of this name, which no text gives, for the method pause. It takes the place
+    of the begin-of-sequence piece (id 1), which nothing here uses; no other id changes."""
     seed: int = 1234
     """Of the trainer's random choices (unigram)."""
     overwrite: bool = False

@@ -13,6 +13,7 @@ schedule carries what comes out of it to the next rank, or to the first one for 
 """
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
@@ -257,6 +258,18 @@ class PonderGPTModel(LanguageModule):
         """The embedding table on the last stage, [padded vocabulary / tp, h]."""
         replicated = self.replicated_embedding
         return self.shared_embedding_or_output_weight() if replicated is None else replicated
+
+    def add_up_replicated_embedding(self) -> None:
+        """Complete the gradient of an embedding that is on two stages; nothing where it is not.
+
+        megatron-core does this for tied embeddings. To be called when gradients are reduced over
+        the data-parallel ranks; with the distributed optimizer each of them then has the same part
+        of both, and the other parts are never read.
+        """
+        weight = self.replicated_embedding
+        if weight is not None:
+            gradient: Tensor = weight.main_grad  # type: ignore[attr-defined]
+            dist.all_reduce(gradient, group=self.embd_group)
 
     @property
     def replicated_embedding(self) -> torch.nn.Parameter | None:

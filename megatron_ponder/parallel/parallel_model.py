@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
@@ -59,19 +58,6 @@ class ParallelModel:
         """Start a step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-
-    def add_up_replicated_embedding(self) -> None:
-        """Complete the gradient of an embedding that is on the first and on the last stage.
-
-        megatron-core does this for tied embeddings. Called when gradients are reduced over the
-        data-parallel ranks, of which each has the same part of both (with the distributed optimizer
-        the other parts are never read).
-        """
-        for module in self.modules:
-            weight = module.replicated_embedding
-            if weight is not None:
-                gradient: Tensor = weight.main_grad  # type: ignore[attr-defined]
-                dist.all_reduce(gradient, group=process_groups().embd)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -179,6 +179,11 @@ def _mixture_without_gradient_to_embeddings(model: PonderGPTModel) -> None:
     model.mixed_embeddings = lambda: original().detach()
 
 
+def _replicated_gradients_not_summed(model: PonderGPTModel) -> None:
+    """Under pipeline parallelism, leave the gradients of the embedding's copy on their stages."""
+    model.add_up_replicated_embedding = lambda: None
+
+
 def _norm_in_every_loop(model: PonderGPTModel) -> None:
     """Run the final norm after passes that say it must not."""
     model.read = lambda pass_, hidden: model.final_norm(hidden)
@@ -233,6 +238,7 @@ FAULTS: dict[str, Callable[[PonderGPTModel], None]] = {
     "unscaled mixture": _unscaled_mixture,
     "mixture of the own shard": _mixture_of_the_own_shard,
     "mixture without gradient to embeddings": _mixture_without_gradient_to_embeddings,
+    "replicated gradients not summed": _replicated_gradients_not_summed,
     "norm in every loop": _norm_in_every_loop,
     "positions in every loop": _positions_in_every_loop,
     "unscaled pause": _unscaled_pause,
