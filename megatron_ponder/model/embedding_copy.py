@@ -11,7 +11,6 @@ optimizer's shards of both alike.
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
@@ -19,10 +18,10 @@ from torch import Tensor
 from megatron_ponder.runtime.distributed import data_parallel_group
 
 ORIGINAL = "embedding.word_embeddings.weight"
-COPY = "embedding_copy.word_embeddings.weight"
+COPY = "embedding_copy.weight"
 
 
-class EmbeddingCopy(MegatronModule):
+class EmbeddingCopy(tensor_parallel.VocabParallelEmbedding):
     """The last stage's copy; nothing is looked up in it.
 
     Args:
@@ -38,16 +37,22 @@ class EmbeddingCopy(MegatronModule):
         vocab_size: int,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        super().__init__(config=config)
-        self.tp_group = pg_collection.tp
-        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+        super().__init__(
             num_embeddings=vocab_size,
             embedding_dim=config.hidden_size,
             init_method=config.embedding_init_method,
             config=config,
-            tp_group=self.tp_group,
+            tp_group=pg_collection.tp,
         )
-        mark_as_replicated(self.word_embeddings.weight, is_copy=True)
+        mark_as_replicated(self.weight, is_copy=True)
+
+    def forward(self) -> Tensor:
+        """The whole local table, [v / tp, h].
+
+        To be asked by calling the module: where weights are gathered while the forward goes on,
+        megatron-core waits for a module's in a hook of its call.
+        """
+        return self.weight
 
     def sharded_state_dict(
         self,
@@ -59,7 +64,7 @@ class EmbeddingCopy(MegatronModule):
         assert metadata is not None and not sharded_offsets
         model_prefix = prefix.removesuffix("embedding_copy.")
         weight = make_tp_sharded_tensor_for_checkpoint(
-            tensor=self.word_embeddings.weight,
+            tensor=self.weight,
             key=model_prefix + ORIGINAL,
             replica_id=(1, 0, data_parallel_group().rank()),
             allow_shape_mismatch=True,

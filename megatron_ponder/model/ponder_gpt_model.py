@@ -256,8 +256,9 @@ class PonderGPTModel(LanguageModule):
 
     def mixed_embeddings(self) -> Tensor:
         """The embedding table on the last stage, [padded vocabulary / tp, h]."""
-        replicated = self.replicated_embedding
-        return self.shared_embedding_or_output_weight() if replicated is None else replicated
+        if self.replicates_embedding and self.post_process:
+            return self.embedding_copy()
+        return self.shared_embedding_or_output_weight()
 
     def add_up_replicated_embedding(self) -> None:
         """Complete the gradient of an embedding that is on two stages; nothing where it is not.
@@ -276,8 +277,8 @@ class PonderGPTModel(LanguageModule):
         """The embedding, where it is on the first and on the last stage without being tied."""
         if not self.replicates_embedding:
             return None
-        holder = self.embedding if self.pre_process else self.embedding_copy
-        return holder.word_embeddings.weight
+        holder = self.embedding.word_embeddings if self.pre_process else self.embedding_copy
+        return holder.weight
 
     def run_layers(self, pass_: Pass, hidden: Tensor) -> Tensor:
         """All layers of this rank; every slot of a token has the token's position.

@@ -8,6 +8,7 @@ part of the matrix that has every layout and every model in it, `make test-all` 
 import pytest
 
 from tests.parity.layouts import (
+    DIST_OPT,
     LAYOUTS,
     MODELS,
     NUM_STEPS,
@@ -122,3 +123,11 @@ def test_planted_faults_of_methods_are_caught(layout, model, checkpoints, single
     )[0]
     missed = [fault for fault in faults if not violations(measured[fault], single_process[model])]
     assert not missed, f"not caught: {missed}"
+
+
+@pytest.mark.parametrize("model", ["llama mixtures", "gpt2 ponderlm"])
+def test_mixtures_with_everything_overlapped(model, checkpoints, single_process):
+    """The table of embeddings on the last stage is complete before it is mixed."""
+    overlaps = ("overlap_grad_reduce", "overlap_param_gather", "overlap_p2p_communication")
+    layout = Layout(4, PP2 | DIST_OPT | dict.fromkeys(overlaps, True))
+    assert_equal(measure_layout(layout, [model], checkpoints), single_process, "overlapped")
