@@ -14,7 +14,8 @@ from typing import Literal
 import sentencepiece
 from tqdm import tqdm
 
-from megatron_ponder.data.readers import InputFormat, find_inputs, read_documents
+from megatron_ponder.data.readers import InputFormat, read_documents
+from megatron_ponder.data.sources import find_inputs
 from megatron_ponder.errors import DataError
 
 MAX_PIECE_BYTES = 4096
