@@ -283,6 +283,8 @@ def _data(config: RunConfig) -> Iterator[str]:
                 "their thoughts, so that documents in a sequence cannot be kept apart. Leave it "
                 "out; --eod-mask-loss keeps a document's first token out of the loss."
             )
+    if data.instruction_data and not data.eod_as_target:
+        yield "--no-eod-as-target: with --instruction-data a model must learn to end a response."
     if data.multiple_validation_sets and not data.valid_data_path:
         yield "--multiple-validation-sets needs --valid-data-path."
     shares = data.split.split(",")
