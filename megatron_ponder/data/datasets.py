@@ -214,6 +214,9 @@ def _instruction_datasets(
         documents = range(sizes[prefix].num_documents)
         if data.data_path:
             documents = _documents_of(bounds, split, sizes[prefix])
+        if not documents:  # a share of 0
+            built.append(None)
+            continue
         built.append(
             InstructionDataset(
                 prefix,

@@ -85,7 +85,6 @@ class InstructionDataset(Dataset):
                 num_cut,
                 len(lengths),
             )
-        self.is_repeated = False
         self._packs: list[numpy.ndarray] = []
         epoch = 0
         while len(self._packs) < num_samples:
