@@ -79,18 +79,19 @@ def write_index(path: Path, dtype: type[numpy.number], parts: Sequence[IndexPart
         code = CODES[dtype]
         file.write(HEADER.pack(MAGIC, VERSION, code, num_sequences, num_documents + 1))
         for part in parts:
-            file.write(part.lengths().astype("<i4").tobytes())
+            for lengths in _pieces(part.lengths()):
+                file.write(lengths.astype("<i4").tobytes())
         offset = 0
         for part in parts:
-            ends = numpy.cumsum(part.lengths(), dtype="<i8") * token_bytes + offset
-            file.write(
-                numpy.concatenate(([offset], ends[:-1])).astype("<i8")[: len(ends)].tobytes()
-            )
-            offset = int(ends[-1]) if len(ends) else offset
+            for lengths in _pieces(part.lengths()):
+                ends = numpy.cumsum(lengths, dtype="<i8") * token_bytes + offset
+                file.write(numpy.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
+                offset = int(ends[-1])
         file.write(numpy.zeros(1, "<i8").tobytes())
         num_before = 0
         for part in parts:
-            file.write((part.ends() + num_before).astype("<i8").tobytes())
+            for boundaries in _pieces(part.ends()):
+                file.write((boundaries + num_before).astype("<i8").tobytes())
             num_before += part.num_sequences
 
 

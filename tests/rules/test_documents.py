@@ -11,6 +11,9 @@ from megatron_ponder.benchmark.options import TrainBenchmarkOptions
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.data.inspection import InspectConfig
+from megatron_ponder.data.merging import MergeConfig
+from megatron_ponder.data.options import PrepareIndexOptions
 from megatron_ponder.data.preprocess import PreprocessConfig
 from megatron_ponder.data.sentencepiece_training import TokenizerTrainingConfig
 from megatron_ponder.inference.options import (
@@ -25,6 +28,9 @@ OPTIONS = (
     TrainBenchmarkOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
+    MergeConfig,
+    InspectConfig,
+    PrepareIndexOptions,
     CheckpointOptions,
     EvaluateOptions,
     GenerateOptions,
