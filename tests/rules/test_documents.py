@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.benchmark.options import TrainBenchmarkOptions
+from megatron_ponder.benchmark.options import PreprocessBenchmarkOptions, TrainBenchmarkOptions
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
@@ -26,6 +26,7 @@ from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
     TrainBenchmarkOptions,
+    PreprocessBenchmarkOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
     MergeConfig,
