@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import logging
 import os
 import platform
 import resource
@@ -27,6 +28,7 @@ import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_ponder import log
 from megatron_ponder.benchmark.options import PreprocessBenchmarkOptions
 from megatron_ponder.config.schema import DataConfig
 from megatron_ponder.data.preprocess import PreprocessConfig, preprocess
@@ -55,6 +57,7 @@ def benchmark_preprocessing(options: PreprocessBenchmarkOptions) -> dict[str, An
     Raises:
         PonderError: input or tokenizer cannot be used.
     """
+    logging.getLogger(log.PACKAGE_LOGGER).setLevel(logging.WARNING)  # stdout is for the result
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
