@@ -58,6 +58,8 @@ class PreprocessBenchmarkOptions:
     """As in training. None: a SentencePiece model that is trained on some of the text."""
     vocab_size: int = 16_000
     """Pieces of the model that is trained."""
+    word_cache: bool = False
+    """Measure --word-cache too."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of workers to measure."""
     rounds: int = 3

@@ -64,9 +64,11 @@ def benchmark_preprocessing(options: PreprocessBenchmarkOptions) -> dict[str, An
         text_bytes = _write_corpus(options, corpus)
         settings = _tokenizer_settings(options, corpus, folder)
         sides: dict[str, tuple[int, Side]] = {"plain loop": (1, _plain_loop(corpus, settings))}
-        for workers in options.workers:
-            plural = "s" if workers > 1 else ""
-            sides[f"{workers} worker{plural}"] = workers, _ours(corpus, settings, workers)
+        for word_cache in (False, True)[: 1 + options.word_cache]:
+            for workers in options.workers:
+                title = f"{workers} worker{'s' if workers > 1 else ''}"
+                title += ", word cache" if word_cache else ""
+                sides[title] = workers, _ours(corpus, settings, workers, word_cache)
         measured: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         contents: set[bytes] = set()
         for number in range(options.rounds):
@@ -106,12 +108,12 @@ def as_text(result: dict[str, Any]) -> str:
         f"{result['machine']}, Python {result['versions']['python']}, {result['date']}; "
         f"{result['text_bytes'] / 1e6:.1f} MB of text, {result['tokens']:,} tokens",
         "",
-        f"{'':>12} {'MB/s':>8} {'tokens/s':>12} {'per core:':>10} {'MB/s':>8} {'tokens/s':>12} "
+        f"{'':>22} {'MB/s':>8} {'tokens/s':>12} {'per core:':>10} {'MB/s':>8} {'tokens/s':>12} "
         f"{'MB per CPU s':>13}",
     ]
     for name, row in result["sides"].items():
         lines.append(
-            f"{name:>12} {row['mb_per_s']:>8.2f} {row['tokens_per_s']:>12,.0f} {'':>10} "
+            f"{name:>22} {row['mb_per_s']:>8.2f} {row['tokens_per_s']:>12,.0f} {'':>10} "
             f"{row['mb_per_s_per_core']:>8.2f} {row['tokens_per_s_per_core']:>12,.0f} "
             f"{row['mb_per_cpu_s']:>13.2f}"
         )
@@ -191,7 +193,7 @@ def _plain_loop(corpus: Path, settings: dict[str, Any]) -> Side:
     return run
 
 
-def _ours(corpus: Path, settings: dict[str, Any], workers: int) -> Side:
+def _ours(corpus: Path, settings: dict[str, Any], workers: int, word_cache: bool) -> Side:
     """`preprocess`, its start included."""
 
     def run(folder: Path) -> None:
@@ -205,6 +207,7 @@ def _ours(corpus: Path, settings: dict[str, Any], workers: int) -> Side:
                     tokenizer_model=data.tokenizer_model,
                     append_eod=True,
                     workers=workers,
+                    word_cache=word_cache,
                 )
             )
 
@@ -253,7 +256,8 @@ def _row(
 
 def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Against the plain loop, and from the fewest workers to each other number."""
-    plain, *ours = rows.values()
+    plain = next(iter(rows.values()))
+    ours = [row for name, row in list(rows.items())[1:] if "cache" not in name]
     ratios = {
         f"{name} / plain loop": row["mb_per_s"] / plain["mb_per_s"]
         for name, row in list(rows.items())[1:]

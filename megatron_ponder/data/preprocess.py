@@ -38,6 +38,7 @@ from megatron_ponder.data.readers import (
 from megatron_ponder.data.shards import Shard, ShardHeader, read_shard
 from megatron_ponder.data.sources import Source, find_inputs, total_bytes
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ponder.data.word_cache import word_cached
 from megatron_ponder.data.work_folder import WorkFolder, opened
 from megatron_ponder.data.workers import tokenizing
 from megatron_ponder.errors import DataError
@@ -69,6 +70,9 @@ class PreprocessConfig:
     """As in training."""
     vocab_size: int | None = None
     """NullTokenizer only."""
+    word_cache: bool = False
+    """Remember the ids of words: the same output several times faster, with SentencePiece BPE
+    models that look at nothing but words, as tools/train_tokenizer.py makes. Refused for others."""
     append_eod: bool = False
     """End every document with the tokenizer's end id. Training wants it."""
     instruction_data: bool = False
@@ -331,6 +335,8 @@ def build_encoder(config: PreprocessConfig) -> Encoder:
     """
     data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
     tokenizer = build_tokenizer(data, config.vocab_size)
+    if config.word_cache:
+        tokenizer = word_cached(tokenizer, Path(config.tokenizer_model or ""))
     if config.instruction_data:
         return ConversationEncoder(tokenizer)
     return TextEncoder(tokenizer, config.json_keys, config.append_eod)
