@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ponder.config.resolve import padded_vocab_size
+from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import RunConfig
 
 SHAPE_SETTINGS = (

@@ -1,12 +1,20 @@
 """From the settings as given to settings that code can rely on: derived values, and all checks.
 
 Every problem is collected, so that a user sees all of them at once. Left out: whether files exist
-and whether a method's name is known (data/ and ponder/ say so when they look).
+and whether a method's name is known (data/ and ponder/ say so when they look). What ranks share is
+in layout.py.
 """
 
 import math
 from collections.abc import Iterator
 
+from megatron_ponder.config.layout import (
+    batch_problems,
+    data_parallel_size,
+    flag_of,
+    layout_problems,
+    shard_problems,
+)
 from megatron_ponder.config.schema import ModelConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 
@@ -26,15 +34,15 @@ def resolve(
     Raises:
         ConfigError: one line per problem, each with what to change.
     """
-    problems = [*_sizes(config), *_ranges(config), *_layout(config, world_size)]
+    problems = [*_sizes(config), *_ranges(config), *layout_problems(config, world_size)]
     if not problems:
         config = _derive(config, world_size, tokenizer_vocab_size)
         problems = [
             *_shape(config.model),
-            *_shards(config),
+            *shard_problems(config),
             *_vocabulary(config.model, tokenizer_vocab_size),
             *_method(config),
-            *_batch(config, world_size),
+            *batch_problems(config, world_size),
             *_schedule(config),
             *_data(config),
             *_checkpoints(config),
@@ -42,27 +50,6 @@ def resolve(
     if problems:
         raise ConfigError("the settings do not fit together:\n  - " + "\n  - ".join(problems))
     return config
-
-
-def padded_vocab_size(model: ModelConfig) -> int:
-    """Rows of embedding and output layer: a multiple of make_vocab_size_divisible_by.
-
-    Independent of the layout, so that a checkpoint has the same shapes everywhere.
-    """
-    assert model.vocab_size is not None
-    multiple = model.make_vocab_size_divisible_by
-    return math.ceil(model.vocab_size / multiple) * multiple
-
-
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that hold the same weights and different samples."""
-    parallel = config.parallel
-    model_parallel_size = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
-    return world_size // model_parallel_size
 
 
 def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None) -> RunConfig:
@@ -99,7 +86,12 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "make_vocab_size_divisible_by",
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
         "context_parallel_size",
+        "jacobi_grad_passes",
+        "recompute_num_layers",
         "distributed_timeout_minutes",
         "seq_length",
         "train_iters",
@@ -133,7 +125,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
             # A duration may be a fraction of a minute.
             low = 0 if name == "exit_duration_in_mins" else least
             if values[name] is not None and not values[name] >= low:  # also refuses NaN
-                yield f"{_flag(name)} {values[name]}: must be at least {low}."
+                yield f"{flag_of(name)} {values[name]}: must be at least {low}."
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -141,32 +133,12 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     values = config.to_flat_dict()
     for name in ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= values[name] < 1:
-            yield f"{_flag(name)} {values[name]}: must be at least 0 and below 1."
+            yield f"{flag_of(name)} {values[name]}: must be at least 0 and below 1."
     for name in ("lr", "norm_epsilon", "adam_eps", "rotary_base", "rotary_percent"):
         if not 0 < values[name] < math.inf:
-            yield f"{_flag(name)} {values[name]}: must be above 0."
+            yield f"{flag_of(name)} {values[name]}: must be above 0."
     if not 0 <= values["lr_warmup_fraction"] <= 1:
         yield f"--lr-warmup-fraction {values['lr_warmup_fraction']}: must be from 0 to 1."
-
-
-def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The number of ranks, and layouts that are not there yet."""
-    parallel = config.parallel
-    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-        size = getattr(parallel, name)
-        if size > 1:
-            yield (
-                f"{_flag(name)} {size}: not supported in this version; only 1. Use "
-                "--tensor-model-parallel-size and data parallelism instead."
-            )
-    tensor_parallel = parallel.tensor_model_parallel_size
-    if tensor_parallel >= 1 and world_size % tensor_parallel:
-        yield (
-            f"--tensor-model-parallel-size {tensor_parallel} does not divide the {world_size} "
-            "ranks that were started (torchrun --nproc-per-node)."
-        )
-    if parallel.sequence_parallel and tensor_parallel <= 1:
-        yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2."
 
 
 def _shape(model: ModelConfig) -> Iterator[str]:
@@ -184,24 +156,6 @@ def _shape(model: ModelConfig) -> Iterator[str]:
                 f"--rotary-percent {model.rotary_percent}: rotates {rotated:g} of the "
                 f"{model.kv_channels} channels of a head; it must be an even number, at least 2."
             )
-
-
-def _shards(config: RunConfig) -> Iterator[str]:
-    """What tensor and sequence parallelism cut into equal parts."""
-    model, size = config.model, config.parallel.tensor_model_parallel_size
-    divided = {
-        "--num-attention-heads": model.num_attention_heads,
-        "--num-query-groups": model.num_query_groups,
-        "--ffn-hidden-size": model.ffn_hidden_size,
-    }
-    if model.vocab_size is not None:
-        divided["the padded vocabulary (--make-vocab-size-divisible-by)"] = padded_vocab_size(model)
-    if config.parallel.sequence_parallel:
-        divided["--seq-length (with --sequence-parallel)"] = config.data.seq_length
-    for name, value in divided.items():
-        assert value is not None
-        if value % size:
-            yield f"{name} {value}: not a multiple of --tensor-model-parallel-size {size}."
 
 
 def _vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
@@ -226,18 +180,6 @@ def _method(config: RunConfig) -> Iterator[str]:
         yield (
             f"--min-jacobi-iterations {method.min_jacobi_iterations} is above "
             f"--max-jacobi-iterations {method.max_jacobi_iterations}."
-        )
-
-
-def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The global batch over ranks and micro-batches."""
-    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
-    replicas = data_parallel_size(config, world_size)
-    assert whole is not None
-    if whole % (micro * replicas):
-        yield (
-            f"--global-batch-size {whole}: not a multiple of --micro-batch-size {micro} x "
-            f"{replicas} data-parallel ranks."
         )
 
 
@@ -275,13 +217,13 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield "give either --data-path or --train-data-path and its siblings, not both."
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         if problem := _blend_problem(getattr(data, name)):
-            yield f"{_flag(name)} {' '.join(getattr(data, name))}: {problem}"
+            yield f"{flag_of(name)} {' '.join(getattr(data, name))}: {problem}"
     for name in ("reset_position_ids", "reset_attention_mask"):
         if getattr(data, name):
             yield (
-                f"{_flag(name)}: attention here sees the whole sequence, also documents before and "
-                "their thoughts, so that documents in a sequence cannot be kept apart. Leave it "
-                "out; --eod-mask-loss keeps a document's first token out of the loss."
+                f"{flag_of(name)}: attention here sees the whole sequence, also documents before "
+                "and their thoughts, so that documents in a sequence cannot be kept apart. Leave "
+                "it out; --eod-mask-loss keeps a document's first token out of the loss."
             )
     if data.instruction_data and not data.eod_as_target:
         yield "--no-eod-as-target: with --instruction-data a model must learn to end a response."
@@ -319,7 +261,3 @@ def _is_number(text: str) -> bool:
         return 0 <= float(text) < math.inf
     except ValueError:
         return False
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

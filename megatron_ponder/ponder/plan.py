@@ -40,11 +40,14 @@ class PassPlan:
     """All passes of one forward, in order. The loss reads the output of the last."""
 
     passes: tuple[Pass, ...]
+    first_grad_pass: int = 0
+    """Passes before this one run without a gradient (--jacobi-grad-passes); 0: all have one."""
 
     def __post_init__(self) -> None:
         """Check what every reader of a plan relies on."""
         assert self.passes, "a plan has at least one pass"
         assert [p.index for p in self.passes] == list(range(len(self.passes)))
+        assert 0 <= self.first_grad_pass < len(self.passes)
         for p in self.passes:
             assert len(p.read_stages) > 0 and p.read_stages.step == 1
             assert p.read_stages[-1] < p.num_stages, f"{p} reads a stage that it does not have"
@@ -65,3 +68,12 @@ class PassPlan:
     def is_last(self, pass_: Pass) -> bool:
         """Whether the loss reads this pass."""
         return pass_.index == len(self.passes) - 1
+
+    def has_grad(self, pass_: Pass) -> bool:
+        """Whether the backward goes through this pass."""
+        return pass_.index >= self.first_grad_pass
+
+    def with_grad_passes(self, num_passes: int | None) -> "PassPlan":
+        """The same passes, of which the last `num_passes` have a gradient; None: all."""
+        first = 0 if num_passes is None else max(0, len(self.passes) - num_passes)
+        return dataclasses.replace(self, first_grad_pass=first)

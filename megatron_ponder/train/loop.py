@@ -154,7 +154,7 @@ def _save(config: RunConfig, trainee: Trainee, progress: Progress) -> None:
         return
     save_checkpoint(
         config,
-        model=trainee.model,
+        chunks=trainee.model.chunks,
         optimizer=trainee.optimizer,
         scheduler=trainee.scheduler,
         progress=progress,

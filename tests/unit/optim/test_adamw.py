@@ -69,7 +69,7 @@ def _step_beside_torch(settings: dict) -> dict[str, float]:
     """Largest difference of each weight from torch's AdamW on the same gradients, after steps."""
     config = small_config(1, weight_decay=WEIGHT_DECAY, **settings)
     trainee = build_trainee(config)
-    model = trainee.model.module
+    model = trainee.model.modules[0]
     named = dict(model.named_parameters())
     copies = {name: p.detach().clone().float().requires_grad_() for name, p in named.items()}
     decayed = [c for c in copies.values() if c.dim() > 1]
@@ -108,7 +108,9 @@ def test_updates_are_torch_adamw(settings: dict) -> None:
     """With decay on matrices only; the gradient buffer holds what clipping left."""
     differences = run_ranks(_step_beside_torch, 1, settings)[0]
     assert len(differences) > 10
-    assert max(differences.values()) <= (1e-2 if settings.get("bf16") else 1e-7), differences
+    last_bit_of_a_weight_near_one = 1.2e-7
+    allowed = 1e-2 if settings.get("bf16") else last_bit_of_a_weight_near_one
+    assert max(differences.values()) <= allowed, differences
 
 
 def _norms(clip_grad: float) -> list[float]:
@@ -117,7 +119,7 @@ def _norms(clip_grad: float) -> list[float]:
     trainee = build_trainee(config)
     norms = [step.grad_norm for step in run_iterations(config, trainee, Progress(), NUM_STEPS)]
     clipped = math.sqrt(
-        sum(p.main_grad.square().sum().item() for p in trainee.model.module.parameters())
+        sum(p.main_grad.square().sum().item() for p in trainee.model.modules[0].parameters())
     )
     distributed.leave_layout()
     return [*norms, clipped]

@@ -1,0 +1,63 @@
+"""A pass plan cut for a pipeline: every pass becomes one or more virtual pipeline chunks.
+
+A pipeline stage (a rank) holds `v` chunks of layers, usually one. megatron-core's interleaved
+schedule sends what the last stage made of chunk c to the first stage as the input of chunk c+1;
+so if chunk c is a pass instead of another set of layers, the schedule runs passes:
+
+    chunk c = pass c // v through layer chunk c % v of every stage
+
+All chunks with the same layer chunk share one set of weights. The list of chunks says all that has
+to be known before anything is sent: how many slots per token travel between the stages of a chunk
+and on to the next chunk, and which of them get a gradient back. It is pure arithmetic; the
+schedule, the communicator, the timeline and the memory accounting read the same list.
+"""
+
+import dataclasses
+
+from megatron_ponder.ponder.plan import Pass, PassPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One pass through one chunk of layers on every pipeline stage."""
+
+    index: int
+    """Position in the schedule, from 0."""
+    pass_: Pass
+    """The pass that runs."""
+    layer_chunk: int
+    """Which of each stage's layer chunks it runs through, from 0."""
+    is_last_of_pass: bool
+    """Whether the last stage ends the pass: final norm, then the carry or the loss."""
+    has_grad: bool
+    """Whether the backward goes through it."""
+
+    @property
+    def num_stages_inside(self) -> int:
+        """Slots per token sent from one stage to the next within the chunk."""
+        return self.pass_.num_stages
+
+    @property
+    def num_stages_handed_on(self) -> int:
+        """Slots per token that the last stage sends to the first for the next chunk."""
+        return self.pass_.num_read_stages if self.is_last_of_pass else self.pass_.num_stages
+
+
+def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, ...]:
+    """The chunks of a forward in the order in which they depend on each other.
+
+    Args:
+        plan: the passes.
+        num_layer_chunks: v, layer chunks on each stage.
+    """
+    return tuple(
+        Chunk(
+            index=pass_.index * num_layer_chunks + layer_chunk,
+            pass_=pass_,
+            layer_chunk=layer_chunk,
+            is_last_of_pass=layer_chunk == num_layer_chunks - 1,
+            has_grad=plan.has_grad(pass_),
+        )
+        for pass_ in plan.passes
+        for layer_chunk in range(num_layer_chunks)
+    )
