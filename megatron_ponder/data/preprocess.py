@@ -71,7 +71,7 @@ class PreprocessConfig:
     vocab_size: int | None = None
     """NullTokenizer only."""
     word_cache: bool = False
-    """Remember the ids of words: the same output several times faster, with SentencePiece BPE
+    """Remember the ids of words: the same output up to twice as fast, with SentencePiece BPE
     models that look at nothing but words, as tools/train_tokenizer.py makes. Refused for others."""
     append_eod: bool = False
     """End every document with the tokenizer's end id. Training wants it."""
