@@ -118,7 +118,7 @@ def load_checkpoint(
         logger.info("setting changed since the checkpoint: %s", difference)
     plain = _read_plain(checkpoint)
     progress = Progress(**plain["progress"])
-    if data is not None:
+    if data is not None and progress.iteration < config.training.train_iters:
         _check_data(checkpoint, progress.data, data, config.checkpoint.override_data)
         progress.data = data
     here = ranks()
