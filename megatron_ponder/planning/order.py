@@ -15,14 +15,14 @@ Left out: how long anything takes (timeline.py).
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 from megatron_ponder.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(NamedTuple):
     """The forward or backward of one micro-batch through one chunk on one stage."""
 
     is_backward: bool
@@ -32,8 +32,7 @@ class Work:
     """Micro-batch of the step, from 0."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Instruction:
+class Instruction(NamedTuple):
     """What a stage does next."""
 
     action: Literal["compute", "send", "wait"]
@@ -87,14 +86,14 @@ class Pipeline:
             if stage > 0:
                 return stage - 1, work
             if work.chunk > 0:
-                return last_stage, dataclasses.replace(work, chunk=work.chunk - 1)
+                return last_stage, work._replace(chunk=work.chunk - 1)
             return None
         if work.chunk < self.first_grad_chunk:
             return None
         if stage < last_stage:
             return stage + 1, work
         if work.chunk < last_chunk:
-            return 0, dataclasses.replace(work, chunk=work.chunk + 1)
+            return 0, work._replace(chunk=work.chunk + 1)
         return None
 
     def num_warmup(self, stage: int) -> int:
@@ -109,6 +108,7 @@ class Pipeline:
             return min(total, behind * 2 + (self.num_chunks - 1) * self.num_stages)
         return min(total, behind)
 
+    @functools.cached_property
     def forwards(self) -> list[Work]:
         """Forwards in the order in which every stage runs them."""
         group = self.num_stages if self.is_interleaved else 1
@@ -119,11 +119,12 @@ class Pipeline:
             for microbatch in range(first, min(first + group, self.num_microbatches))
         ]
 
+    @functools.cached_property
     def backwards(self) -> list[Work]:
         """Backwards in the order in which every stage runs them, chunks from the last."""
         return [
-            dataclasses.replace(work, is_backward=True, chunk=self.num_chunks - 1 - work.chunk)
-            for work in self.forwards()
+            work._replace(is_backward=True, chunk=self.num_chunks - 1 - work.chunk)
+            for work in self.forwards
         ]
 
     def order(self, stage: int) -> list[Work]:
@@ -132,7 +133,7 @@ class Pipeline:
 
     def instructions(self, stage: int) -> list[Instruction]:
         """What a stage does in one step."""
-        forwards, backwards = self.forwards(), self.backwards()
+        forwards, backwards = self.forwards, self.backwards
         if self.forward_only:
             return list(_one_by_one(forwards))
         if self.num_stages == 1:
@@ -153,7 +154,7 @@ class Pipeline:
         return list(_in_pairs(warmup, steady, cooldown))
 
 
-def _one_by_one(works: list[Work]) -> Iterator[Instruction]:
+def _one_by_one(works: Sequence[Work]) -> Iterator[Instruction]:
     """Wait, compute, send: overlapped communication, and 1F1B."""
     for work in works:
         yield Instruction(action="wait", work=work)

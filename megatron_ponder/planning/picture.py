@@ -8,7 +8,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.planning.options import PlanOptions
+from megatron_ponder.planning.report import largest_plan, microbatches_per_step, simulate_step
 from megatron_ponder.planning.timeline import Event, Timeline
+from megatron_ponder.ponder.method import load_method
 
 Colour = tuple[float, float, float]
 
@@ -28,6 +32,33 @@ BACKWARD_SHADE, FORWARD_TINT = 0.72, 0.62
 NARROWEST_NUMBERED_INCHES = 0.11
 """Narrower boxes hold no micro-batch number."""
 ROW_HEIGHT = 0.86
+MOST_COLUMNS = 96
+"""Boxes in a row that can still be told apart."""
+
+
+def draw_step(options: PlanOptions, config: RunConfig, path: Path) -> None:
+    """Draw a run's step as far as it can be read: of many micro-batches only the first.
+
+    Args:
+        options: ranks and rate.
+        config: resolved.
+        path: the PNG to write.
+    """
+    plan = largest_plan(config, load_method(config.method))
+    num_layer_chunks = config.parallel.num_virtual_stages_per_pipeline_rank
+    num_stages = config.parallel.pipeline_model_parallel_size
+    num_chunks = len(plan.passes) * num_layer_chunks
+    whole = microbatches_per_step(config, options.world_size)
+    room = MOST_COLUMNS // (2 * num_chunks) // num_stages * num_stages
+    num_drawn = min(whole, max(room, num_stages))
+    timeline = simulate_step(options, config, plan, num_drawn)
+    drawn = f"{num_drawn} micro-batches"
+    if num_drawn < whole:
+        drawn += f" (the run has {whole})"
+    title = f"{num_stages} stages, {drawn}, {len(plan.passes)} passes"
+    if num_layer_chunks > 1:
+        title += f" through {num_layer_chunks} layer chunks"
+    draw_timeline(timeline, path, title=title, num_layer_chunks=num_layer_chunks)
 
 
 def draw_timeline(timeline: Timeline, path: Path, *, title: str, num_layer_chunks: int = 1) -> None:

@@ -43,7 +43,7 @@ def test_table_and_counts_are_megatron_cores(p: int, c: int, m: int) -> None:
     pipeline = Pipeline(num_stages=p, num_chunks=c, num_microbatches=m)
     if c > 1:
         table = schedules.get_schedule_table(m, c, p)
-        assert [(work.microbatch, work.chunk) for work in pipeline.forwards()] == table
+        assert [(work.microbatch, work.chunk) for work in pipeline.forwards] == table
     for stage in range(p):
         counts = schedules.get_pp_rank_microbatches(
             m, c, p, p2p_communicator=communicator_for_counts(pipeline, stage)

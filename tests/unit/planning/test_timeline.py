@@ -11,7 +11,7 @@ from megatron_ponder.planning.timeline import Timeline, equal_chunks_bubble, sim
 
 EXACT = [
     (p, c, p * groups, overlap)
-    for p, c, groups in itertools.product((1, 2, 3, 4, 8), (1, 2, 5, 9), (1, 2, 4))
+    for p, c, groups in itertools.product((1, 2, 3, 4, 6), (1, 2, 5, 9), (1, 3))
     for overlap in (False, True)
 ]
 
@@ -26,15 +26,13 @@ def uniform(pipeline: Pipeline, forward_s: float, backward_s: float, **more: flo
     )
 
 
-@pytest.mark.parametrize(("p", "c", "m", "overlap"), EXACT)
-@pytest.mark.parametrize("backward_s", [1.0, 2.0, 3.0])
-def test_equal_chunks_follow_the_closed_form(
-    p: int, c: int, m: int, overlap: bool, backward_s: float
-) -> None:
-    pipeline = Pipeline(num_stages=p, num_chunks=c, num_microbatches=m, overlap=overlap)
-    timeline = uniform(pipeline, 1.0, backward_s)
-    assert timeline.makespan_s == pytest.approx((m * c + p - 1) * (1 + backward_s))
-    assert timeline.bubble == pytest.approx(equal_chunks_bubble(p, m, c))
+@pytest.mark.parametrize("backward_s", [1.0, 2.0, 3.5])
+def test_equal_chunks_follow_the_closed_form(backward_s: float) -> None:
+    for p, c, m, overlap in EXACT:
+        pipeline = Pipeline(num_stages=p, num_chunks=c, num_microbatches=m, overlap=overlap)
+        timeline = uniform(pipeline, 1.0, backward_s)
+        assert timeline.makespan_s == pytest.approx((m * c + p - 1) * (1 + backward_s)), pipeline
+        assert timeline.bubble == pytest.approx(equal_chunks_bubble(p, m, c)), pipeline
 
 
 def test_two_stages_by_hand() -> None:
