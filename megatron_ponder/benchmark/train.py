@@ -142,7 +142,8 @@ def _our_step(config: RunConfig) -> TrainStep:
         weights = dict(build_reference(config).named_parameters()) if _has_reference(config) else {}
     if weights:
         state = to_megatron({k: w.detach() for k, w in weights.items()}, config.model)
-        trainee.model.module.load_state_dict(state, strict=False)
+        (model,) = trainee.model.modules
+        model.load_state_dict(state, strict=False)
         trainee.optimizer.reload_model_params()
     batches = _batches(config)
 

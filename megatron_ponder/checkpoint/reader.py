@@ -19,11 +19,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ponder.checkpoint import layout
 from megatron_ponder.checkpoint.comparison import other_differences, shape_differences
-from megatron_ponder.checkpoint.optimizer_state import METADATA, load_optimizer, optimizer_request
+from megatron_ponder.checkpoint.optimizer_state import load_optimizer, optimizer_request
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.rng import reseed, restore_random_state
 from megatron_ponder.checkpoint.state import layout as layout_of
-from megatron_ponder.checkpoint.state import model_state, random_state_object
+from megatron_ponder.checkpoint.state import load_chunks, model_state, random_state_object
 from megatron_ponder.config.parse import config_from_flat_dict
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import CheckpointError, ConfigError
@@ -77,7 +77,7 @@ def load_checkpoint(
     config: RunConfig,
     checkpoint: Path,
     *,
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> Progress:
@@ -93,8 +93,9 @@ def load_checkpoint(
         CheckpointError: the checkpoint does not fit or cannot be read.
     """
     stored = read_config(checkpoint)
+    modules = [chunk.module for chunk in chunks]
     if config.checkpoint.finetune:
-        load_weights(checkpoint, model.module, config)
+        load_weights(checkpoint, modules, config)
         optimizer.reload_model_params()
         logger.info("loaded weights of %s; everything else starts afresh", checkpoint)
         return Progress()
@@ -106,15 +107,15 @@ def load_checkpoint(
     here = ranks()
     is_same_layout = plain["layout"] == layout_of(here)
 
-    request: ShardedStateDict = {"model": model_state(model)}
+    request: ShardedStateDict = {"model": model_state(modules)}
     if is_same_layout:
         request["rng_state"] = random_state_object(here, None)
     loaded = _read(request, checkpoint)
-    model.module.load_state_dict(loaded["model"])
+    load_chunks(modules, loaded["model"])
     # Separately: an fp32 checkpoint serves as weights and as fp32 copy of the weights, and one
     # request must not name a tensor twice. A request is used up by loading.
     request = {
-        "optimizer": optimizer_request(optimizer, model_state(model), stored=stored, ours=config)
+        "optimizer": optimizer_request(optimizer, model_state(modules), stored=stored, ours=config)
     }
     load_optimizer(optimizer, _read(request, checkpoint)["optimizer"], progress.updates)
     scheduler.load_state_dict(plain["opt_param_scheduler"])
@@ -127,20 +128,20 @@ def load_checkpoint(
     return progress
 
 
-def load_weights(checkpoint: Path, model: PonderGPTModel, config: RunConfig) -> None:
-    """Load the weights of a checkpoint into an unwrapped model of any layout.
+def load_weights(checkpoint: Path, chunks: list[PonderGPTModel], config: RunConfig) -> None:
+    """Load the weights of a checkpoint into the unwrapped model of any layout.
 
     Args:
         checkpoint: from `locate`.
-        model: built from `config`.
+        chunks: this rank's, built from `config`.
         config: resolved.
 
     Raises:
         CheckpointError: the checkpoint does not fit or cannot be read.
     """
     _check_shape(checkpoint, read_config(checkpoint), config)
-    loaded = _read({"model": model.sharded_state_dict(metadata=METADATA)}, checkpoint)
-    model.load_state_dict(loaded["model"])
+    loaded = _read({"model": model_state(chunks)}, checkpoint)
+    load_chunks(chunks, loaded["model"])
 
 
 def _check_shape(checkpoint: Path, stored: RunConfig, config: RunConfig) -> None:

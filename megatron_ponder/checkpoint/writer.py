@@ -60,7 +60,7 @@ def prepare_folder(config: RunConfig) -> None:
 def save_checkpoint(
     config: RunConfig,
     *,
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     progress: Progress,
@@ -84,7 +84,7 @@ def save_checkpoint(
     # it spawns for the purpose, 5 s once per rank. They report to this process: a plain queue does.
     filesystem_async._results_queue = queue.Queue()
     here = ranks()
-    weights = model_state(model)
+    weights = model_state([chunk.module for chunk in chunks])
     dist_checkpointing.save(
         {
             "model": weights,

@@ -99,7 +99,12 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "make_vocab_size_divisible_by",
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
         "context_parallel_size",
+        "jacobi_grad_passes",
+        "recompute_num_layers",
         "distributed_timeout_minutes",
         "seq_length",
         "train_iters",
@@ -152,21 +157,35 @@ def _ranges(config: RunConfig) -> Iterator[str]:
 def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
     """The number of ranks, and layouts that are not there yet."""
     parallel = config.parallel
-    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-        size = getattr(parallel, name)
-        if size > 1:
-            yield (
-                f"{_flag(name)} {size}: not supported in this version; only 1. Use "
-                "--tensor-model-parallel-size and data parallelism instead."
-            )
-    tensor_parallel = parallel.tensor_model_parallel_size
-    if tensor_parallel >= 1 and world_size % tensor_parallel:
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    if min(sizes) >= 1 and world_size % math.prod(sizes):
         yield (
-            f"--tensor-model-parallel-size {tensor_parallel} does not divide the {world_size} "
-            "ranks that were started (torchrun --nproc-per-node)."
+            "--tensor-model-parallel-size x --pipeline-model-parallel-size x "
+            f"--context-parallel-size = {' x '.join(map(str, sizes))} = {math.prod(sizes)} does "
+            f"not divide the {world_size} ranks that were started (torchrun --nproc-per-node)."
         )
-    if parallel.sequence_parallel and tensor_parallel <= 1:
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size <= 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2."
+    if parallel.overlap_param_gather and not (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        yield (
+            "--overlap-param-gather needs --use-distributed-optimizer (else every rank has all "
+            "weights) and --overlap-grad-reduce."
+        )
+    if parallel.pipeline_model_parallel_size == 1:
+        for name in (
+            "num_virtual_stages_per_pipeline_rank",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "overlap_p2p_communication",
+        ):
+            if getattr(parallel, name) not in (1, None, False):
+                yield f"{_flag(name)} needs --pipeline-model-parallel-size of at least 2."
 
 
 def _shape(model: ModelConfig) -> Iterator[str]:
@@ -196,12 +215,57 @@ def _shards(config: RunConfig) -> Iterator[str]:
     }
     if model.vocab_size is not None:
         divided["the padded vocabulary (--make-vocab-size-divisible-by)"] = padded_vocab_size(model)
-    if config.parallel.sequence_parallel:
-        divided["--seq-length (with --sequence-parallel)"] = config.data.seq_length
     for name, value in divided.items():
         assert value is not None
         if value % size:
             yield f"{name} {value}: not a multiple of --tensor-model-parallel-size {size}."
+    yield from _sequence_shards(config)
+    yield from _layer_split(config)
+
+
+def _sequence_shards(config: RunConfig) -> Iterator[str]:
+    """The sequence over context-parallel ranks, and each shard over tensor-parallel ones."""
+    parallel, length = config.parallel, config.data.seq_length
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    multiple, why = 1, []
+    if context > 1:
+        multiple, why = 2 * context, [f"2 x --context-parallel-size {context}"]
+    if parallel.sequence_parallel:
+        multiple = math.lcm(multiple, context * tensor)
+        why.append(f"--tensor-model-parallel-size {tensor} of each shard (--sequence-parallel)")
+    if length % multiple:
+        nearest = max(multiple, length // multiple * multiple)
+        yield (
+            f"--seq-length {length}: not a multiple of {multiple}, as {' and '.join(why)} need. "
+            f"The nearest that works is {nearest}."
+        )
+
+
+def _layer_split(config: RunConfig) -> Iterator[str]:
+    """Layers over pipeline ranks and their virtual stages."""
+    parallel, num_layers = config.parallel, config.model.num_layers
+    num_ranks = parallel.pipeline_model_parallel_size
+    num_chunks = parallel.num_virtual_stages_per_pipeline_rank
+    if num_ranks == 1:
+        return
+    ends = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
+    given = [layers for layers in ends if layers is not None]
+    left, ranks_left = num_layers - sum(given), num_ranks - len(given)
+    share = left / ranks_left if ranks_left else 0
+    if left < ranks_left or left % max(ranks_left, 1) or (not ranks_left and left):
+        uneven = "what --decoder-first/last-pipeline-num-layers leave of " if given else ""
+        works = [p for p in range(num_ranks, 0, -1) if num_layers % p == 0][0]
+        yield (
+            f"--num-layers {num_layers}: {uneven}the layers cannot be shared equally by "
+            f"{ranks_left} of {num_ranks} pipeline ranks. --pipeline-model-parallel-size {works} "
+            "works without uneven ends; or give --decoder-first-pipeline-num-layers and "
+            "--decoder-last-pipeline-num-layers so that the rest is a multiple."
+        )
+    elif any(layers % num_chunks for layers in [*given, *([share] if ranks_left else [])]):
+        yield (
+            f"--num-virtual-stages-per-pipeline-rank {num_chunks}: does not divide the layers of "
+            f"every pipeline rank ({', '.join(f'{n:g}' for n in sorted({*given, share} - {0}))})."
+        )
 
 
 def _vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
@@ -238,6 +302,16 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             f"--global-batch-size {whole}: not a multiple of --micro-batch-size {micro} x "
             f"{replicas} data-parallel ranks."
+        )
+        return
+    num_microbatches = whole // (micro * replicas)
+    num_stages = config.parallel.pipeline_model_parallel_size
+    if num_microbatches % num_stages:
+        nearest = math.ceil(num_microbatches / num_stages) * num_stages * micro * replicas
+        yield (
+            f"--global-batch-size {whole}: gives each pipeline {num_microbatches} micro-batches, "
+            f"which must be a multiple of --pipeline-model-parallel-size {num_stages}. The next "
+            f"that works is {nearest}."
         )
 
 

@@ -87,6 +87,9 @@ class MethodConfig:
     scale_embeds: bool = True
     """Multiply token embeddings by sqrt(2.5 x hidden_size); thoughts and head are not scaled.
     vanilla ignores it."""
+    jacobi_grad_passes: int | None = None
+    """Backpropagate through the last n passes only; the carry into them counts as a constant. None:
+    through all, as the paper does. Less memory and time, another gradient."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,13 +99,29 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's weights."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that share the layers. Only 1 in this version."""
+    """Ranks that share the layers (stages). Every pass is a chunk of the interleaved schedule."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Chunks of layers on each pipeline rank; more make the bubble smaller and communicate more."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers on the first pipeline rank, where the split is uneven. None: an equal share."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers on the last pipeline rank (which has the output layer too). None: an equal share."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence. Only 1 in this version."""
+    """Ranks that share each sequence, two chunks each: one from its front and one from its back."""
+    context_parallel_attention: Literal["auto", "gather", "transformer_engine"] = "auto"
+    """Attention over sequences that ranks share: ours, which gathers keys and values, or
+    TransformerEngine's ring. auto: the ring on CUDA where TransformerEngine is installed."""
     sequence_parallel: bool = False
     """Shard norms, dropout and residuals along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state (and the fp32 copy of bf16 weights) over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward goes on; needs the distributed optimizer and
+    --overlap-grad-reduce."""
+    overlap_p2p_communication: bool = False
+    """Let pipeline stages compute while activations and gradients travel between them."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library. auto: nccl on CUDA, gloo otherwise."""
     distributed_timeout_minutes: int = 10
@@ -151,6 +170,14 @@ class TrainingConfig:
     """Sequences per iteration over all ranks. None: micro_batch_size x data-parallel size."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights and gradients. Default: fp32."""
+    recompute_granularity: Literal["full", "pass"] | None = None
+    """Activations to drop and compute again in the backward. full: of each layer, keeping its
+    input. pass: of each pass but the last, keeping the input of the pass. None: keep all."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """full: in units of recompute_num_layers layers (uniform), or of the first recompute_num_layers
+    layers of each rank only (block)."""
+    recompute_num_layers: int = 1
+    """full: layers in a unit (uniform), or layers to recompute (block)."""
     seed: int = 1234
     """Seed of the weights, the data order, dropout and the random R."""
     eval_interval: int = 1000

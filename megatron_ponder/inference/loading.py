@@ -113,7 +113,7 @@ def loaded_model(options: CheckpointOptions) -> Iterator[LoadedModel]:
     config = _for_this_layout(read_config(checkpoint), options)
     with running(config.parallel, config.training.seed):
         model = build_model(config)
-        load_weights(checkpoint, model, config)
+        load_weights(checkpoint, [model], config)
         model.eval()
         yield LoadedModel(
             checkpoint=checkpoint,

@@ -3,6 +3,9 @@
 megatron-core's own unfused core attention materialises the score matrix and draws dropout from the
 CUDA generator. This one runs on every device and lets torch choose the kernel. Nothing here knows
 of stages or thoughts; what slots of a token share is in the rotary table.
+
+Under context parallelism a rank has the queries of two chunks of the sequence and gathers the keys
+and values of all; each chunk attends to what lies before it.
 """
 
 import math
@@ -16,8 +19,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from megatron_ponder.kernels.rotary import split_and_rotate
+from megatron_ponder.model.context_parallel import chunks_of, gather_sequence
 from megatron_ponder.model.stages import keep_stages
 
 
@@ -39,7 +44,8 @@ class SdpaCoreAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "each rank must hold the whole sequence"
+        assert pg_collection is not None
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -69,7 +75,29 @@ class SdpaCoreAttention(torch.nn.Module):
             [s, b, heads * d].
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        if self.cp_group is None:
+            return self._attend(query, key, value)
+        d = key.size(-1)
+        key, value = gather_sequence(torch.cat((key, value), dim=-1), self.cp_group).split(d, -1)
+        num_chunk_slots = query.size(0) // 2
+        chunks = chunks_of(self.cp_group.rank(), self.cp_group.size())
+        ends = [num_chunk_slots * (chunk + 1) for chunk in chunks]
+        return torch.cat(
+            [
+                self._attend(part, key[:end], value[:end])
+                for part, end in zip(query.chunk(2), ends, strict=True)
+            ]
+        )
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of the last slots of a sequence: [q, b, heads, d] -> [q, b, heads * d].
+
+        Key and value are [k, b, groups, d], k >= q; the last query is at the last key.
+        """
         s, b, heads, d = query.shape
+        mask: CausalBias | None = None
+        if key.size(0) > s:
+            mask = causal_lower_right(s, key.size(0))
         # [s, b, heads, d] -> [b, heads, s, d], a view
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         dropout = self.dropout if self.training else 0.0
@@ -80,8 +108,9 @@ class SdpaCoreAttention(torch.nn.Module):
                 query,
                 key,
                 value,
+                attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=True,
+                is_causal=mask is None,
                 scale=self.softmax_scale,
                 enable_gqa=key.size(1) < heads,
             )

@@ -6,21 +6,40 @@ from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.model.specs import layer_spec
 from megatron_ponder.model.transformer_config import build_transformer_config
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.runtime.distributed import process_groups
+from megatron_ponder.runtime.distributed import process_groups, ranks
 
 
 def build_model(config: RunConfig) -> PonderGPTModel:
-    """The model of a resolved run, with initial weights.
+    """The whole model of a resolved run without pipeline parallelism, with initial weights.
 
     Raises:
         ConfigError: the method is unknown.
     """
-    model = PonderGPTModel(
-        build_transformer_config(config),
-        shape=config.model,
-        method=load_method(config.method),
-        layer_spec=layer_spec(config.model),
-        pg_collection=process_groups(),
-    )
-    initialize_weights(model, config)
+    (model,) = build_model_chunks(config)
     return model
+
+
+def build_model_chunks(config: RunConfig) -> list[PonderGPTModel]:
+    """This pipeline rank's chunks of layers, usually one, with initial weights.
+
+    Raises:
+        ConfigError: the method is unknown.
+    """
+    here = ranks()
+    num_chunks = config.parallel.num_virtual_stages_per_pipeline_rank
+    chunks = []
+    for chunk in range(num_chunks):
+        model = PonderGPTModel(
+            build_transformer_config(config),
+            shape=config.model,
+            method=load_method(config.method),
+            layer_spec=layer_spec(config),
+            pg_collection=process_groups(),
+            pre_process=here.pipeline_parallel_rank == 0 and chunk == 0,
+            post_process=here.is_last_stage and chunk == num_chunks - 1,
+            vp_stage=chunk if num_chunks > 1 else None,
+            recompute_passes=config.training.recompute_granularity == "pass",
+        )
+        initialize_weights(model, config)
+        chunks.append(model)
+    return chunks

@@ -13,6 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ponder.model.context_parallel import local_shard
+
 
 class PonderEmbedding(MegatronModule):
     """Scaled token embeddings, and one learned vector per token position shared by all its slots.
@@ -47,16 +49,9 @@ class PonderEmbedding(MegatronModule):
         # The reference multiplies by a scalar tensor of the weight's dtype.
         weight_dtype = self.word_embeddings.weight.dtype
         self.scale = None if scale is None else torch.tensor(scale, dtype=weight_dtype).item()
-        self.position_embeddings: torch.nn.Embedding | None = None
+        self.position_embeddings: LearnedPositions | None = None
         if num_positions is not None:
-            self.position_embeddings = torch.nn.Embedding(
-                num_positions,
-                config.hidden_size,
-                dtype=config.params_dtype,
-                device=torch.cuda.current_device(),
-            )
-            # Each rank reads the rows of its own slots: gradients are partial sums, as for norms.
-            setattr(self.position_embeddings.weight, "sequence_parallel", config.sequence_parallel)
+            self.position_embeddings = LearnedPositions(config, num_positions, pg_collection)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scaled token embeddings.
@@ -85,13 +80,7 @@ class PonderEmbedding(MegatronModule):
         """
         if self.position_embeddings is None:
             return slots
-        num_slots, b, h = slots.shape
-        num_tokens = num_slots // num_stages
-        first = num_tokens * self.tp_group.rank() if self.config.sequence_parallel else 0
-        positions = self.position_embeddings.weight[first : first + num_tokens]
-        # [s*n, b, h] -> [s, n, b, h], plus [s, 1, 1, h]
-        by_token = slots.view(num_tokens, num_stages, b, h) + positions[:, None, None, :]
-        return by_token.view(num_slots, b, h)
+        return self.position_embeddings(slots, num_stages)
 
     def _dropout(self, embeddings: Tensor) -> Tensor:
         """Dropout, with other masks on each rank where ranks hold other slots."""
@@ -99,3 +88,51 @@ class PonderEmbedding(MegatronModule):
             return F.dropout(embeddings, p=self.config.hidden_dropout)
         with tensor_parallel.get_cuda_rng_tracker().fork():
             return F.dropout(embeddings, p=self.config.hidden_dropout)
+
+
+class LearnedPositions(torch.nn.Module):
+    """A table with one vector per token position.
+
+    Args:
+        config: megatron-core's config.
+        num_positions: rows.
+        pg_collection: process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_positions: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.empty(
+                num_positions,
+                config.hidden_size,
+                dtype=config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+        )
+        # Each rank reads the rows of its own slots: gradients are partial sums, as for norms.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+        self._cp_group = pg_collection.cp
+        self._tp_group = pg_collection.tp if config.sequence_parallel else None
+
+    def forward(self, slots: Tensor, num_stages: int) -> Tensor:
+        """[s * num_stages, b, h] (this rank's shard) plus the vector of each slot's token."""
+        num_slots, b, h = slots.shape
+        num_tokens = num_slots // num_stages
+        positions = self._local_rows(num_tokens)
+        # [s*n, b, h] -> [s, n, b, h], plus [s, 1, 1, h]
+        by_token = slots.view(num_tokens, num_stages, b, h) + positions[:, None, None, :]
+        return by_token.view(num_slots, b, h)
+
+    def _local_rows(self, num_tokens: int) -> Tensor:
+        """The rows of this rank's tokens, [num_tokens, h]: its share of its context shard."""
+        tp_size = self._tp_group.size() if self._tp_group is not None else 1
+        whole = self.weight[: num_tokens * tp_size * self._cp_group.size()]
+        rows = local_shard(whole, dim=0, group=self._cp_group)
+        if self._tp_group is None:
+            return rows
+        return rows.narrow(0, num_tokens * self._tp_group.rank(), num_tokens)

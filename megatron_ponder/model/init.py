@@ -34,7 +34,7 @@ def initialize_weights(model: PonderGPTModel, config: RunConfig) -> None:
         elif "norm" in name.rsplit(".", 2)[-2]:
             parameter.fill_(1.0)
         else:
-            name = _with_global_layer_number(name, model)
+            name = name_in_whole_model(name, model)
             _draw(parameter, name, scheme, config, model.pg_collection.tp)
 
 
@@ -78,8 +78,13 @@ def _shard(whole: Tensor, parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
     return torch.cat(chunks[tp_group.rank() :: tp_group.size()], dim=dim)
 
 
-def _with_global_layer_number(name: str, model: PonderGPTModel) -> str:
-    """The name with the layer's number in the whole model instead of in this pipeline stage."""
+def name_in_whole_model(name: str, model: PonderGPTModel) -> str:
+    """The parameter's name where one rank holds the whole model.
+
+    A pipeline stage counts its layers from 0, and the last stage has a copy of tied embeddings.
+    """
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)

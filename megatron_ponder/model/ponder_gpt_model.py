@@ -8,9 +8,11 @@ forward is a loop over the plan's passes:
     final norm          <- only on the slots that somebody reads
     carry, or logits    <- method.build_carry / output layer               where the last layer is
 
-The three steps are methods of their own, because pipeline parallelism runs them on different ranks.
+Under pipeline parallelism a rank runs its part of one pass at a time (`forward_pass`), and the
+schedule carries what comes out of it to the next rank, or to the first one for the next pass.
 """
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
@@ -26,6 +28,7 @@ from torch import Tensor
 from megatron_ponder.config.resolve import padded_vocab_size
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.kernels.rotary import rotary_table
+from megatron_ponder.model.context_parallel import local_shard
 from megatron_ponder.model.embedding import PonderEmbedding
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.padded_vocab import mask_padded_columns
@@ -45,6 +48,8 @@ class PonderGPTModel(LanguageModule):
         pg_collection: process groups.
         pre_process: whether this stage holds the embedding.
         post_process: whether this stage holds the final norm and the output layer.
+        vp_stage: which of the rank's layer chunks this is; None where a rank has one.
+        recompute_passes: whether each pass but the last is computed again in the backward.
     """
 
     def __init__(
@@ -57,8 +62,12 @@ class PonderGPTModel(LanguageModule):
         pg_collection: ProcessGroupCollection,
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
+        recompute_passes: bool = False,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        self.vp_stage = vp_stage
+        self.recompute_passes = recompute_passes
         self.model_type = ModelType.encoder_or_decoder
         self.shape = shape
         self.method = method
@@ -91,6 +100,7 @@ class PonderGPTModel(LanguageModule):
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
         if post_process:
             self.final_norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
@@ -106,13 +116,14 @@ class PonderGPTModel(LanguageModule):
                 and self.share_embeddings_and_output_weights,
                 tp_group=pg_collection.tp,
             )
+        if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
     def forward(self, tokens: Tensor, labels: Tensor | None, plan: PassPlan) -> Tensor:
-        """Run all passes of `plan`.
+        """Run all passes of `plan` on a rank that has all layers.
 
         Args:
-            tokens: int64 [b, s].
+            tokens: int64 [b, s]; under context parallelism this rank's shard, as everything here.
             labels: int64 [b, s], the token after each; None for logits.
             plan: the passes.
 
@@ -121,14 +132,75 @@ class PonderGPTModel(LanguageModule):
             [b, s, padded vocabulary / tp], minus infinity in padded columns.
         """
         token_embeddings = self.embedding(tokens)
-        carry: Tensor | None = None
+        handed_on: Tensor | None = None
         for pass_ in plan.passes:
-            hidden = self.build_input(pass_, token_embeddings, carry)
-            hidden = self.run_layers(pass_, hidden, num_tokens=tokens.size(1))
-            read = self.read(pass_, hidden)
-            if not plan.is_last(pass_):
-                carry = self.method.build_carry(pass_, read)
-        return self.compute_output(read, labels)
+            handed_on = self._run_pass(pass_, plan, token_embeddings, handed_on)
+        assert handed_on is not None
+        return self.compute_output(handed_on, labels)
+
+    def forward_pass(
+        self,
+        pass_: Pass,
+        plan: PassPlan,
+        tokens: Tensor,
+        labels: Tensor | None,
+        received: Tensor | None,
+    ) -> Tensor:
+        """Run one pass through the layers of this pipeline stage.
+
+        Args:
+            pass_: the pass.
+            plan: the plan that it belongs to.
+            tokens: int64 [b, s].
+            labels: int64 [b, s]; None for logits.
+            received: on the first stage the carry of the pass before (None in the first pass); on
+                the others the hidden states of the stage before, [s * stages, b, h].
+
+        Returns:
+            Hidden states [s * stages, b, h]; on the last stage the carry [s * read stages, b, h],
+            or in the last pass what `forward` returns.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
+            token_embeddings = self.embedding(tokens) if self.pre_process else None
+            handed_on = self._run_pass(pass_, plan, token_embeddings, received)
+            if self.post_process and plan.is_last(pass_):
+                return self.compute_output(handed_on, labels)
+            return handed_on
+
+    def _run_pass(
+        self, pass_: Pass, plan: PassPlan, token_embeddings: Tensor | None, received: Tensor | None
+    ) -> Tensor:
+        """One pass through this rank's layers, with or without a gradient, recomputed or not.
+
+        The carry into the first pass with a gradient is a constant.
+        """
+        if self.pre_process and received is not None and pass_.index == plan.first_grad_pass:
+            received = received.detach()
+
+        def run(token_embeddings: Tensor | None, received: Tensor | None) -> Tensor:
+            return self._compute_pass(pass_, plan, token_embeddings, received)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
+            # The backward begins with the last pass: dropping its activations would save nothing.
+            if self.recompute_passes and self.training and not plan.is_last(pass_):
+                return tensor_parallel.checkpoint(run, False, token_embeddings, received)
+            return run(token_embeddings, received)
+
+    def _compute_pass(
+        self, pass_: Pass, plan: PassPlan, token_embeddings: Tensor | None, received: Tensor | None
+    ) -> Tensor:
+        """Input, layers, norm and carry of one pass, as far as this rank has them."""
+        if self.pre_process:
+            assert token_embeddings is not None
+            hidden = self.build_input(pass_, token_embeddings, received)
+        else:
+            assert received is not None
+            hidden = received
+        hidden = self.run_layers(pass_, hidden)
+        if not self.post_process:
+            return hidden
+        read = self.read(pass_, hidden)
+        return read if plan.is_last(pass_) else self.method.build_carry(pass_, read)
 
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
         """The input of the first layer, [s * stages, b, h] (local under sequence parallelism)."""
@@ -137,22 +209,32 @@ class PonderGPTModel(LanguageModule):
             self.embedding.add_positions(slots, pass_.num_stages) if pass_.add_positions else slots
         )
 
-    def run_layers(self, pass_: Pass, hidden: Tensor, num_tokens: int) -> Tensor:
+    def run_layers(self, pass_: Pass, hidden: Tensor) -> Tensor:
         """All layers of this rank; every slot of a token has the token's position.
 
         Args:
             pass_: the pass.
-            hidden: [s * stages, b, h] (local under sequence parallelism).
-            num_tokens: s over all sequence-parallel ranks.
+            hidden: [s * stages, b, h] (local under sequence and context parallelism).
 
         Returns:
-            [s * read stages, b, h]: the last layer gives the slots that are read only.
+            [s * stages, b, h], or on the last stage [s * read stages, b, h]: the last layer gives
+            the slots that are read only.
         """
         rotary = None
         if self.rotary_pos_emb is not None:
-            angles = self.rotary_pos_emb(num_tokens)
+            angles = self.rotary_pos_emb.get_emb(
+                self._num_tokens(hidden.size(0) // pass_.num_stages)
+            )
+            angles = local_shard(angles, dim=0, group=self.pg_collection.cp)
             rotary = rotary_table(angles, pass_.num_stages, hidden.dtype)
+        if not self.pre_process:  # a block without the embedding reads its input from here
+            self.decoder.set_input_tensor(hidden)
         return self.decoder(hidden, attention_mask=kept_stages(pass_), rotary_pos_emb=rotary)
+
+    def _num_tokens(self, num_tokens_local: int) -> int:
+        """Tokens of the whole sequence, from those whose slots this rank has."""
+        tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        return num_tokens_local * tp_size * self.pg_collection.cp.size()
 
     def read(self, pass_: Pass, hidden: Tensor) -> Tensor:
         """What the layers gave, normed if the pass says so: [s * read stages, b, h]."""
@@ -171,11 +253,6 @@ class PonderGPTModel(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1)
         return self.compute_language_model_loss(labels, logits)
-
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """What megatron-core's schedule received from the previous stage; None on the first."""
-        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        self.decoder.set_input_tensor(received)
 
     def sharded_state_dict(
         self,

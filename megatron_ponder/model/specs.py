@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.attention import RotarySelfAttention, SdpaCoreAttention
 from megatron_ponder.model.layer import (
     ParallelResidualLayer,
@@ -18,13 +18,14 @@ from megatron_ponder.model.mlp import SwigluMLP
 from megatron_ponder.model.norm import Norm
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
+def layer_spec(config: RunConfig) -> ModuleSpec:
     """megatron-core's local layer with our attention, norms, gated MLP and residual add.
 
     Starts from megatron-core's own spec, so that what it changes between versions (how `mlp` is
     described, for one) stays its own business. Checkpoint keys of the norms are mapped to those of
     the fused TransformerEngine layers, which makes checkpoints of both interchangeable.
     """
+    model = config.model
     local = get_gpt_layer_local_spec(normalization=model.normalization).submodules
     attention = local.self_attention
     return ModuleSpec(

@@ -21,6 +21,8 @@ def build_transformer_config(config: RunConfig) -> TransformerConfig:
     """The TransformerConfig of a resolved run."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    num_layer_chunks = parallel.num_virtual_stages_per_pipeline_rank
+    recomputes_layers = config.training.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -40,8 +42,15 @@ def build_transformer_config(config: RunConfig) -> TransformerConfig:
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_layer_chunks if num_layer_chunks > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # Of a pass ("pass") the model itself recomputes.
+        recompute_granularity="full" if recomputes_layers else None,
+        recompute_method=config.training.recompute_method if recomputes_layers else None,
+        recompute_num_layers=config.training.recompute_num_layers if recomputes_layers else None,
         # Gradients are summed over tokens and divided once by their number in the whole batch.
         calculate_per_token_loss=True,
         # Weights are drawn by parameter name in model.init. megatron-core's initialisation has to

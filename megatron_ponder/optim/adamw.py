@@ -24,13 +24,13 @@ WSD_DECAY_STYLE = "exponential"
 
 
 def build_optimizer(
-    config: RunConfig, model: DistributedDataParallel
+    config: RunConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """The optimizer of a wrapped model, and the schedule that sets its learning rate.
+    """The optimizer of this rank's part of a model, and the schedule that sets its learning rate.
 
     Args:
         config: resolved.
-        model: the weights to train, with their gradient buffers.
+        chunks: the weights to train, with their gradient buffers.
     """
     optim, training = config.optimizer, config.training
     optimizer = get_megatron_optimizer(
@@ -48,8 +48,9 @@ def build_optimizer(
             bf16=training.bf16,
             params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
         ),
-        [model],
+        chunks,
     )
     _use_fused_step(optimizer)
     return optimizer, build_scheduler(config, optimizer)

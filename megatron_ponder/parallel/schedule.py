@@ -3,25 +3,43 @@
 The caller gives micro-batches and a plan, and gets back the loss; gradients are left, summed over
 data-parallel ranks and divided by the number of tokens of the whole global batch, in the model's
 gradient buffers.
+
+On one pipeline stage a micro-batch runs all passes. On several, every pass is a chunk of the
+interleaved schedule (`ponder.chunks`): the modules that the schedule sees are made anew each step,
+one per chunk, around the same weights, so that the number of passes may change from step to step.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ponder.ponder.plan import PassPlan
+from megatron_ponder.model.context_parallel import local_shard
+from megatron_ponder.parallel.communicator import PassCommunicator
+from megatron_ponder.parallel.parallel_model import ParallelModel
+from megatron_ponder.ponder.chunks import cut_into_chunks
+from megatron_ponder.ponder.plan import Pass, PassPlan
 from megatron_ponder.runtime.device import device
+from megatron_ponder.runtime.distributed import context_parallel_group, process_groups, ranks
 
 Batch = dict[str, Tensor]
 """`tokens` and `labels`, int64 [b, s]; `loss_mask`, fp32 [b, s]."""
 
 
 def run_microbatches(
-    model: DistributedDataParallel,
+    model: ParallelModel,
     batches: Iterator[Batch],
     *,
     plan: PassPlan,
@@ -29,41 +47,160 @@ def run_microbatches(
     micro_batch_size: int,
     seq_length: int,
     forward_only: bool = False,
+    overlap_p2p_communication: bool = False,
 ) -> Tensor:
     """Forward, and unless `forward_only` backward, of `num_microbatches` micro-batches.
 
     Args:
-        model: the wrapped model; its gradient buffers must be zero.
-        batches: this rank's micro-batches.
+        model: this rank's part; its gradient buffers must be zero.
+        batches: this rank's micro-batches, the same on all ranks of a tensor-parallel, pipeline or
+            context-parallel group.
         plan: the same for all micro-batches and all ranks.
-        num_microbatches: micro-batches on each rank.
+        num_microbatches: micro-batches on each data-parallel rank; with several pipeline stages a
+            multiple of their number.
         micro_batch_size: sequences in each.
         seq_length: tokens in each sequence.
         forward_only: evaluation.
+        overlap_p2p_communication: whether stages compute while messages travel.
 
     Returns:
         fp64 [2] on this rank's device: the sum of the loss over this rank's unmasked tokens, and
-        their number. Nothing has been reduced over ranks, and nothing has waited for the device.
+        their number; zero but on the last pipeline stage. Nothing has been reduced over ranks, and
+        nothing has waited for the device.
     """
-    losses = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward_step, plan=plan),
-        data_iterator=batches,
-        model=model,
+    config = _schedule_config(model)
+    prepared = map(_prepare, batches)
+    common: dict[str, Any] = {
+        "forward_step_func": _forward_step,
+        "num_microbatches": num_microbatches,
+        "seq_length": seq_length,
+        "micro_batch_size": micro_batch_size,
+        "forward_only": forward_only,
+        "pg_collection": process_groups(),
+    }
+    num_pipeline_stages = ranks().pipeline_parallel_size
+    if num_pipeline_stages == 1:
+        (chunk,) = model.chunks
+        losses = forward_backward_no_pipelining(
+            model=_Scheduled(config, chunk, plan, None), data_iterator=prepared, **common
+        )
+        return _total(losses)
+
+    chunks = cut_into_chunks(plan, len(model.chunks))
+    scheduled = [_Scheduled(config, model.chunks[c.layer_chunk], plan, c.pass_) for c in chunks]
+    micro_batches = [next(prepared) for _ in range(num_microbatches)]
+    replays = [iter(micro_batches) for _ in chunks]
+    if len(chunks) > 1:
+        config.virtual_pipeline_model_parallel_size = len(chunks)
+        config.microbatch_group_size_per_vp_stage = num_pipeline_stages
+        config.overlap_p2p_comm = overlap_p2p_communication
+        config.batch_p2p_comm = not overlap_p2p_communication
+    else:
+        config.virtual_pipeline_model_parallel_size = None
+    num_sequence_shards = ranks().tensor_parallel_size if config.sequence_parallel else 1
+    communicator = PassCommunicator(
+        config,
+        chunks,
         num_microbatches=num_microbatches,
-        seq_length=seq_length,
+        num_tokens_local=seq_length // (ranks().context_parallel_size * num_sequence_shards),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    return torch.stack(losses).sum(dim=0)
+    if len(chunks) > 1:
+        losses = forward_backward_pipelining_with_interleaving(
+            model=scheduled, data_iterator=replays, p2p_communicator=communicator, **common
+        )
+    else:
+        losses = forward_backward_pipelining_without_interleaving(
+            model=scheduled[0], data_iterator=replays[0], p2p_communicator=communicator, **common
+        )
+    communicator.finish()
+    return _total(losses)
 
 
-def _forward_step(
-    batches: Iterator[Batch], model: DistributedDataParallel, *, plan: PassPlan
-) -> tuple[Tensor, functools.partial]:
-    """One micro-batch: the token losses, and how to reduce them (megatron-core's protocol)."""
-    batch = {name: tensor.to(device(), non_blocking=True) for name, tensor in next(batches).items()}
-    token_losses = model(batch["tokens"], batch["labels"], plan)
-    return token_losses, functools.partial(_sum_loss, batch["loss_mask"])
+def add_up_over_ranks(totals: Tensor) -> Tensor:
+    """Sums of `run_microbatches` over all ranks, in place.
+
+    Ranks of one tensor-parallel group hold the same loss: only the first of them contributes. Of a
+    pipeline only the last stage has one.
+
+    Args:
+        totals: fp64; columns behind the first two are summed over all ranks.
+    """
+    if ranks().tensor_parallel_rank != 0:
+        totals[:2] = 0
+    dist.all_reduce(totals)
+    return totals
+
+
+class _Scheduled(torch.nn.Module):
+    """What megatron-core's schedules take for a model: one pass, or a whole forward.
+
+    Args:
+        config: the schedule's.
+        chunk: the weights.
+        plan: the passes.
+        pass_: the pass that it runs; None: all.
+    """
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        chunk: DistributedDataParallel,
+        plan: PassPlan,
+        pass_: Pass | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._model = chunk.module
+        self._plan = plan
+        self._pass = pass_
+        self._received: Tensor | None = None
+
+    def set_input_tensor(self, input_tensors: list[Tensor | None]) -> None:
+        """What the schedule received for the next forward."""
+        (self._received,) = input_tensors
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Token losses, or what goes to the next stage."""
+        tokens, labels = batch["tokens"], batch["labels"]
+        if self._pass is None:
+            return self._model(tokens, labels, self._plan)
+        return self._model.forward_pass(self._pass, self._plan, tokens, labels, self._received)
+
+
+def _schedule_config(model: ParallelModel) -> TransformerConfig:
+    """The schedule's own copy of the config.
+
+    The model's own must not be given as many virtual stages as there are passes: megatron-core
+    takes the numbers of the layers from it.
+    """
+    config = copy.copy(model.modules[0].config)
+    config.no_sync_func = model.no_sync
+
+    def finalize(scheduled: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(model.chunks, *args, **kwargs)
+
+    config.finalize_model_grads_func = finalize
+    return config
+
+
+def _prepare(batch: Batch) -> Batch:
+    """A micro-batch on this rank's device, and of its sequences this rank's part."""
+    return {
+        name: local_shard(
+            tensor.to(device(), non_blocking=True), dim=1, group=context_parallel_group()
+        )
+        for name, tensor in batch.items()
+    }
+
+
+def _forward_step(batches: Iterator[Batch], model: _Scheduled) -> tuple[Tensor, functools.partial]:
+    """One micro-batch: what comes out, and how to reduce it if it is a loss."""
+    batch = next(batches)
+    return model(batch), functools.partial(_sum_loss, batch["loss_mask"])
 
 
 def _sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,3 +209,10 @@ def _sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, 
     num_tokens = loss_mask.sum()
     report = torch.stack((total.detach(), num_tokens)).double()
     return total, num_tokens.to(torch.int), report
+
+
+def _total(losses: list[Tensor]) -> Tensor:
+    """Sum of the reports of all micro-batches; zero on stages that have none."""
+    if not losses:
+        return torch.zeros(2, dtype=torch.float64, device=device())
+    return torch.stack(losses).sum(dim=0)

@@ -27,10 +27,8 @@ class Chunk:
     """The pass that runs."""
     layer_chunk: int
     """Which of each stage's layer chunks it runs through, from 0."""
-    is_first_of_pass: bool
-    """Whether the first stage builds the pass's input from tokens and carry."""
     is_last_of_pass: bool
-    """Whether the last stage applies the final norm and hands on the carry, or computes the loss."""
+    """Whether the last stage ends the pass: final norm, then the carry or the loss."""
     has_grad: bool
     """Whether the backward goes through it."""
 
@@ -57,7 +55,6 @@ def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, .
             index=pass_.index * num_layer_chunks + layer_chunk,
             pass_=pass_,
             layer_chunk=layer_chunk,
-            is_first_of_pass=layer_chunk == 0,
             is_last_of_pass=layer_chunk == num_layer_chunks - 1,
             has_grad=plan.has_grad(pass_),
         )

@@ -20,6 +20,8 @@ from megatron_ponder.errors import BackendError
 from megatron_ponder.runtime import mcore_cpu
 from megatron_ponder.runtime.device import device
 
+_backward_pipeline_group: dist.ProcessGroup | None = None
+
 
 def world_size_from_environment() -> int:
     """Number of ranks that torchrun started; 1 without torchrun."""
@@ -59,13 +61,38 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
+    _start_backward_pipeline_group()
     tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
 
 
 def leave_layout() -> None:
     """End megatron-core's groups, so that `initialize` can start another layout."""
+    global _backward_pipeline_group
+    _backward_pipeline_group = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def _start_backward_pipeline_group() -> None:
+    """A second group over the ranks of each pipeline, for gradients.
+
+    With two stages the previous and the next rank are one, and what it sends forward and backward
+    would share one stream of messages, which nccl and gloo match by order alone.
+    """
+    global _backward_pipeline_group
+    forward = parallel_state.get_pipeline_model_parallel_group()
+    if forward.size() == 1:
+        return
+    mine = dist.get_process_group_ranks(forward)
+    of_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, mine)
+    for pipeline in sorted(set(map(tuple, of_ranks))):
+        group = dist.new_group(list(pipeline))
+        if list(pipeline) == mine:
+            _backward_pipeline_group = group
+    # nccl connects all ranks of a group in its first operation; later ones involve only some.
+    for group in (forward, _backward_pipeline_group):
+        dist.barrier(group=group)
 
 
 def shutdown() -> None:
@@ -98,8 +125,17 @@ class Ranks:
     world_size: int
     tensor_parallel_rank: int
     tensor_parallel_size: int
+    pipeline_parallel_rank: int
+    pipeline_parallel_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
     data_parallel_rank: int
     data_parallel_size: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
 
 
 def ranks() -> Ranks:
@@ -109,6 +145,10 @@ def ranks() -> Ranks:
         world_size=dist.get_world_size(),
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
@@ -117,6 +157,17 @@ def ranks() -> Ranks:
 def tensor_parallel_group() -> dist.ProcessGroup:
     """Ranks that share each layer's weights."""
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def context_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share each sequence."""
+    return parallel_state.get_context_parallel_group()
+
+
+def backward_pipeline_group() -> dist.ProcessGroup:
+    """The stages of this rank's pipeline, once more: gradients travel in a group of their own."""
+    assert _backward_pipeline_group is not None, "there is one pipeline stage only"
+    return _backward_pipeline_group
 
 
 def data_parallel_group() -> dist.ProcessGroup:

@@ -5,12 +5,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from megatron_ponder.config.schema import RunConfig
-from megatron_ponder.parallel.schedule import Batch, run_microbatches
+from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
 from megatron_ponder.runtime.device import device
-from megatron_ponder.runtime.distributed import data_parallel_group
 from megatron_ponder.train.step import Trainee, num_microbatches
 
 
@@ -40,7 +38,7 @@ def evaluate(config: RunConfig, trainee: Trainee, batches: Iterator[Batch]) -> E
         trainee: not changed.
         batches: this rank's micro-batches, from the first sample.
     """
-    trainee.model.eval()
+    trainee.model.train(False)
     r = config.method.num_jacobi_iterations
     per_iteration = num_microbatches(config)
     total = torch.zeros(2, dtype=torch.float64, device=device())
@@ -48,15 +46,15 @@ def evaluate(config: RunConfig, trainee: Trainee, batches: Iterator[Batch]) -> E
         total += run_microbatches(
             trainee.model,
             batches,
-            plan=trainee.model.module.method.plan(r),
+            plan=trainee.model.method.plan(r),
             num_microbatches=per_iteration,
             micro_batch_size=config.training.micro_batch_size,
             seq_length=config.data.seq_length,
             forward_only=True,
+            overlap_p2p_communication=config.parallel.overlap_p2p_communication,
         )
     trainee.model.train()
-    dist.all_reduce(total, group=data_parallel_group())
-    loss_sum, num_tokens = total.tolist()
+    loss_sum, num_tokens = add_up_over_ranks(total).tolist()
     return Evaluation(
         loss=loss_sum / max(num_tokens, 1.0), num_tokens=int(num_tokens), num_jacobi_iterations=r
     )

@@ -142,9 +142,10 @@ def _save(config: RunConfig, trainee: Trainee, progress: Progress) -> None:
     if progress.updates == 0:
         logger.warning("nothing to save: no update was made yet")
         return
+    trainee.model.gather_parameters()
     save_checkpoint(
         config,
-        model=trainee.model,
+        chunks=trainee.model.chunks,
         optimizer=trainee.optimizer,
         scheduler=trainee.scheduler,
         progress=progress,

@@ -26,10 +26,9 @@ from megatron_ponder.data.datasets import build_datasets
 from megatron_ponder.data.loader import build_loader
 from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.errors import DataError
-from megatron_ponder.model.build import build_model
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.optim.adamw import build_optimizer
-from megatron_ponder.parallel.gradients import wrap_data_parallel
+from megatron_ponder.parallel.parallel_model import build_parallel_model
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.runtime.device import device
 from megatron_ponder.runtime.distributed import (
@@ -70,12 +69,18 @@ def run(config: RunConfig) -> None:
         _describe(config, trainee)
         progress = Progress()
         if checkpoint is not None:
-            progress = load_checkpoint(config, checkpoint, **vars(trainee))
+            progress = load_checkpoint(
+                config,
+                checkpoint,
+                chunks=trainee.model.chunks,
+                optimizer=trainee.optimizer,
+                scheduler=trainee.scheduler,
+            )
         if progress.iteration >= config.training.train_iters:
             logger.info("nothing to do: %s is at iteration %d", checkpoint, progress.iteration)
             return
         sinks = open_sinks(config, progress.iteration) if is_rank_zero() else []
-        reporter = Reporter(config, trainee.model.module.method, progress, sinks)
+        reporter = Reporter(config, trainee.model.method, progress, sinks)
         try:
             data = _training_data(config, datasets, progress.consumed_samples)
             train(config, trainee, data, progress, reporter, start_s)
@@ -93,8 +98,8 @@ def _num_samples(config: RunConfig) -> tuple[int, int, int]:
 
 def build_trainee(config: RunConfig) -> Trainee:
     """Model, optimizer and schedule."""
-    model = wrap_data_parallel(build_model(config), config)
-    optimizer, scheduler = build_optimizer(config, model)
+    model = build_parallel_model(config)
+    optimizer, scheduler = build_optimizer(config, model.chunks)
     return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
 
 
@@ -150,9 +155,12 @@ def _describe(config: RunConfig, trainee: Trainee) -> None:
     logger.info("config:\n%s", dump_yaml(config).rstrip())
     here, training = ranks(), config.training
     logger.info(
-        "ranks: %d (tensor parallel %d, data parallel %d), device %s, host %s, folder %s",
+        "ranks: %d (tensor %d, pipeline %d, context %d, data parallel %d), device %s, host %s, "
+        "folder %s",
         here.world_size,
         here.tensor_parallel_size,
+        here.pipeline_parallel_size,
+        here.context_parallel_size,
         here.data_parallel_size,
         _device_name(),
         platform.node(),
@@ -169,7 +177,7 @@ def _describe(config: RunConfig, trainee: Trainee) -> None:
     logger.info(
         "parameters: %s", ", ".join(f"{k} {v:,}" for k, v in dataclasses.asdict(counts).items())
     )
-    method, seq_length = trainee.model.module.method, config.data.seq_length
+    method, seq_length = trainee.model.method, config.data.seq_length
     plan = method.plan(config.method.num_jacobi_iterations)
     flops = FLOPS_PER_FORWARD_FLOP * forward_flops(config.model, plan, seq_length).total
     assert training.global_batch_size is not None

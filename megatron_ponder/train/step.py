@@ -13,16 +13,15 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.optim.adamw import learning_rate
-from megatron_ponder.parallel.schedule import Batch, run_microbatches
-from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.parallel.parallel_model import ParallelModel
+from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
+from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
 from megatron_ponder.runtime.distributed import ranks
 
 
@@ -30,7 +29,7 @@ from megatron_ponder.runtime.distributed import ranks
 class Trainee:
     """What is trained, and what trains it."""
 
-    model: DistributedDataParallel
+    model: ParallelModel
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -85,12 +84,14 @@ def train_step(
     loss_and_tokens = run_microbatches(
         trainee.model,
         batches,
-        plan=trainee.model.module.method.plan(r),
+        plan=training_plan(trainee.model.method, r),
         num_microbatches=num_microbatches(config),
         micro_batch_size=config.training.micro_batch_size,
         seq_length=config.data.seq_length,
+        overlap_p2p_communication=config.parallel.overlap_p2p_communication,
     )
-    status = _sum_over_ranks(loss_and_tokens, wants_stop)
+    wants_stop_here = loss_and_tokens.new_full((1,), float(wants_stop))
+    status = add_up_over_ranks(torch.cat((loss_and_tokens, wants_stop_here)))
     rate = learning_rate(trainee.optimizer)
     trainee.optimizer.prepare_grads()
     grad_norm = trainee.optimizer.get_grad_norm()
@@ -108,19 +109,6 @@ def train_step(
         is_updated=is_finite,
         is_stop_requested=num_stop_requests > 0,
     )
-
-
-def _sum_over_ranks(loss_and_tokens: torch.Tensor, wants_stop: bool) -> torch.Tensor:
-    """Loss and tokens of the global batch, and how many ranks want to stop, fp64 [3].
-
-    Ranks of one tensor-parallel group hold the same loss: only the first of them contributes.
-    """
-    status = torch.zeros(3, dtype=torch.float64, device=loss_and_tokens.device)
-    if ranks().tensor_parallel_rank == 0:
-        status[:2] = loss_and_tokens
-    status[2] = float(wants_stop)
-    dist.all_reduce(status)
-    return status
 
 
 def _update(trainee: Trainee, grad_norm: float) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from tests.golden.cases import NAMES
 from tests.golden.test_golden import violations_of_all, write_checkpoints
+from tests.parity.layouts import config_of
 from tests.parity.test_bf16 import BF16_MODELS, losses_in_bf16
-from tests.parity.test_layouts import config_of
 from tests.ranks import run_ranks
 
 pytestmark = [

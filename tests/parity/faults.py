@@ -28,13 +28,16 @@ def _position_per_slot(model: PonderGPTModel) -> None:
     """Rotary or learned positions count slots instead of tokens."""
     if model.rotary_pos_emb is not None:
 
-        def run_layers_per_slot(pass_, hidden, num_tokens):
-            angles = model.rotary_pos_emb(num_tokens * pass_.num_stages)
+        def run_layers_per_slot(pass_, hidden):
+            angles = model.rotary_pos_emb.get_emb(model._num_tokens(hidden.size(0)))
             table = rotary_table(angles, 1, hidden.dtype)
             kept = kept_stages(pass_)
             return model.decoder(hidden, attention_mask=kept, rotary_pos_emb=table)
 
         model.run_layers = run_layers_per_slot
+        return
+
+    if not model.pre_process:
         return
 
     def per_slot(slots, num_stages):
@@ -62,17 +65,75 @@ def _loss_at_first_stage(model: PonderGPTModel) -> None:
     """Read the next token at the token's own slot instead of its last thought."""
     original = model.run_layers
 
-    def misread(pass_, hidden, num_tokens):
+    def misread(pass_, hidden):
         if pass_.read_stages.start > 0:
             pass_ = dataclasses.replace(pass_, read_stages=range(1))
-        return original(pass_, hidden, num_tokens)
+        return original(pass_, hidden)
 
     model.run_layers = misread
 
 
 def _unscaled_embedding(model: PonderGPTModel) -> None:
     """Forget the factor on token embeddings."""
-    model.embedding.scale = None
+    if model.pre_process:
+        model.embedding.scale = None
+
+
+def _carry_of_another_micro_batch(model: PonderGPTModel) -> None:
+    """Under pipeline parallelism, think on with what another micro-batch thought."""
+    original = model._compute_pass
+    kept: dict[int, torch.Tensor] = {}
+
+    def swapped(pass_, plan, token_embeddings, received):
+        if model.pre_process and received is not None:
+            other = kept.get(pass_.index, received).detach()
+            kept[pass_.index] = received
+            received = received + (other - received.detach())  # its values, our gradient
+        return original(pass_, plan, token_embeddings, received)
+
+    model._compute_pass = swapped
+
+
+def _tied_gradients_not_summed(model: PonderGPTModel) -> None:
+    """Leave the gradients of tied embeddings on their stages."""
+    if not model.pre_process:
+        model.shared_embedding_or_output_weight = lambda: None
+    else:
+        model.share_embeddings_and_output_weights = False
+
+
+def _shards_taken_as_contiguous(model: PonderGPTModel) -> None:
+    """Under context parallelism, positions as if a rank's two chunks followed each other."""
+    contiguous = _Contiguous(model.pg_collection.cp)
+    if model.rotary_pos_emb is not None:
+        original = model.rotary_pos_emb.get_emb
+        model.rotary_pos_emb.get_emb = lambda n: contiguous.undone(original(n))
+    else:
+        positions = model.embedding.position_embeddings
+        positions._local_rows = lambda n: contiguous.local(positions.weight[: n * contiguous.size])
+
+
+class _Contiguous:
+    """Contiguous shards in the place of zig-zag ones."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self.rank, self.size = group.rank(), group.size()
+
+    def local(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.chunk(self.size)[self.rank]
+
+    def undone(self, whole: torch.Tensor) -> torch.Tensor:
+        """A sequence of which the zig-zag shard is the contiguous shard of `whole`."""
+        placed = list(whole.chunk(2 * self.size))
+        first, second = self.local(whole).chunk(2)
+        placed[self.rank], placed[2 * self.size - 1 - self.rank] = first, second
+        return torch.cat(placed)
+
+
+def _keys_of_the_own_shard_only(model: PonderGPTModel) -> None:
+    """Under context parallelism, attend to what the rank has itself."""
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.cp_group = None
 
 
 def _one_pass_short(model: PonderGPTModel) -> None:
@@ -101,4 +162,8 @@ FAULTS: dict[str, Callable[[PonderGPTModel], None]] = {
     "unscaled embedding": _unscaled_embedding,
     "one pass short": _one_pass_short,
     "norm gradients not summed": _norm_gradients_not_summed,
+    "carry of another micro-batch": _carry_of_another_micro_batch,
+    "tied gradients not summed": _tied_gradients_not_summed,
+    "shards taken as contiguous": _shards_taken_as_contiguous,
+    "keys of the own shard only": _keys_of_the_own_shard_only,
 }

@@ -1,8 +1,8 @@
 """What is compared between layouts: logits, loss, gradient norm, gradients, weights after steps.
 
-Runs inside ranks. Everything is returned whole (tensor-parallel shards and the distributed
-optimizer's pieces put together), under the parameter's name, so that any layout can be laid beside
-the single process.
+Runs inside ranks. Everything is returned whole (tensor-parallel shards, context-parallel shards,
+pipeline stages and the distributed optimizer's pieces put together), under the parameter's name, so
+that any layout can be laid beside the single process.
 """
 
 import dataclasses
@@ -10,17 +10,18 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_ponder.config.schema import RunConfig
-from megatron_ponder.model.build import build_model
+from megatron_ponder.model.build import build_model, build_model_chunks
+from megatron_ponder.model.context_parallel import gather_sequence
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.optim.adamw import build_optimizer
-from megatron_ponder.parallel.gradients import wrap_data_parallel
-from megatron_ponder.parallel.schedule import run_microbatches
+from megatron_ponder.parallel.parallel_model import ParallelModel, wrap_data_parallel
+from megatron_ponder.parallel.schedule import add_up_over_ranks, run_microbatches
+from megatron_ponder.ponder.plan import PassPlan
+from megatron_ponder.ponder.schedule import training_plan
 from megatron_ponder.runtime import distributed
-from megatron_ponder.runtime.device import device
 
 
 @dataclasses.dataclass
@@ -58,29 +59,28 @@ def measure(
     from tests.parity.faults import FAULTS
 
     distributed.initialize(config.parallel, config.training.seed)
-    model = build_model(config)
-    load_weights(model, checkpoint)
+    modules = build_model_chunks(config)
+    load_weights(modules, checkpoint)
     if fault is not None:
-        FAULTS[fault](model)
-    plan = model.method.plan(config.method.num_jacobi_iterations)
-    logits = gather_logits(model, tokens[:, :-1], plan)
-    wrapped = wrap_data_parallel(model, config)
-    optimizer, scheduler = build_optimizer(config, wrapped)
+        for module in modules:
+            FAULTS[fault](module)
+    model = wrap_data_parallel(modules, config)
+    plan = training_plan(model.method, config.method.num_jacobi_iterations)
+    logits = gather_logits(model, config, tokens[:, :-1], plan)
+    optimizer, scheduler = build_optimizer(config, model.chunks)
     result = Measured(logits=logits, losses=[], grad_norms=[], gradients={}, weights={})
     for step in range(num_steps):
-        wrapped.zero_grad_buffer()
+        model.zero_grad_buffer()
         optimizer.zero_grad()
-        result.losses.append(run_step(wrapped, config, tokens, plan))
+        result.losses.append(run_step(model, config, tokens, plan))
         if step == 0:
-            result.gradients = gather_gradients(wrapped)
+            result.gradients = gather_gradients(model)
         success, grad_norm, _ = optimizer.step()
         assert success
         result.grad_norms.append(float(grad_norm))
         scheduler.step(increment=1)
-    result.weights = {
-        name: gather_shards(parameter, parameter.detach(), model)
-        for name, parameter in model.named_parameters()
-    }
+    model.gather_parameters()
+    result.weights = gather_weights(model)
     distributed.leave_layout()
     return result
 
@@ -95,64 +95,120 @@ def save_weights(config: RunConfig, state: dict[str, Tensor] | None, folder: str
     distributed.leave_layout()
 
 
-def load_weights(model: PonderGPTModel, folder: str) -> None:
+def load_weights(modules: list[PonderGPTModel], folder: str) -> None:
     """Load such a checkpoint into any layout."""
-    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
+    request = {str(i): module.sharded_state_dict() for i, module in enumerate(modules)}
+    loaded = dist_checkpointing.load(request, folder)
+    for i, module in enumerate(modules):
+        module.load_state_dict(loaded[str(i)])
 
 
 def run_step(
-    wrapped: DistributedDataParallel, config: RunConfig, tokens: Tensor, plan: object
+    model: ParallelModel,
+    config: RunConfig,
+    tokens: Tensor,
+    plan: PassPlan,
+    loss_mask: Tensor | None = None,
 ) -> float:
     """Forward and backward of the whole batch spread over ranks; the mean loss over tokens."""
     ranks = distributed.ranks()
-    mine = tokens.chunk(ranks.data_parallel_size)[ranks.data_parallel_rank]
-    micro_batches = mine.split(config.training.micro_batch_size)
-    batches = (
-        {
-            "tokens": part[:, :-1].contiguous(),
-            "labels": part[:, 1:].contiguous(),
-            "loss_mask": torch.ones(part.size(0), part.size(1) - 1),
-        }
-        for part in micro_batches
-    )
+    if loss_mask is None:
+        loss_mask = torch.ones(tokens.size(0), tokens.size(1) - 1)
+    micro_batches = [
+        {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "loss_mask": mask}
+        for rows, mask in zip(
+            tokens.chunk(ranks.data_parallel_size)[ranks.data_parallel_rank].split(
+                config.training.micro_batch_size
+            ),
+            loss_mask.chunk(ranks.data_parallel_size)[ranks.data_parallel_rank].split(
+                config.training.micro_batch_size
+            ),
+            strict=True,
+        )
+    ]
     totals = run_microbatches(
-        wrapped,
-        batches,
+        model,
+        iter(micro_batches),
         plan=plan,
         num_microbatches=len(micro_batches),
         micro_batch_size=config.training.micro_batch_size,
         seq_length=tokens.size(1) - 1,
+        overlap_p2p_communication=config.parallel.overlap_p2p_communication,
     )
-    dist.all_reduce(totals, group=distributed.data_parallel_group())
-    return float(totals[0] / totals[1])
+    loss, num_tokens = add_up_over_ranks(totals).tolist()
+    return loss / num_tokens
 
 
 @torch.no_grad()
-def gather_logits(model: PonderGPTModel, tokens: Tensor, plan: object) -> Tensor:
-    """Logits of the whole vocabulary in evaluation mode."""
-    model.eval()
-    local = model(tokens.to(device()), None, plan).contiguous()
+def gather_logits(
+    model: ParallelModel, config: RunConfig, tokens: Tensor, plan: PassPlan
+) -> Tensor:
+    """Logits [b, s, v] of the whole vocabulary in evaluation mode, through the real schedule."""
+    captured: list[Tensor] = []
+    last = model.modules[-1]
+    compute_output = last.compute_output
+
+    def capture(read: Tensor, labels: Tensor | None) -> Tensor:
+        captured.append(compute_output(read, None).contiguous())
+        return compute_output(read, labels)
+
+    last.compute_output = capture  # type: ignore[method-assign]
+    model.train(False)
+    size = config.training.micro_batch_size
+    mask = torch.ones(size, tokens.size(1))
+    run_microbatches(
+        model,
+        iter([{"tokens": t, "labels": t, "loss_mask": mask} for t in tokens.split(size)]),
+        plan=plan,
+        num_microbatches=tokens.size(0) // size,
+        micro_batch_size=size,
+        seq_length=tokens.size(1),
+        forward_only=True,
+    )
     model.train()
-    parts = [torch.empty_like(local) for _ in range(distributed.ranks().tensor_parallel_size)]
-    dist.all_gather(parts, local, group=distributed.tensor_parallel_group())
-    return torch.cat(parts, dim=-1)[..., : model.shape.vocab_size].cpu()
+    last.compute_output = compute_output  # type: ignore[method-assign]
+    groups = distributed.process_groups()
+    logits = torch.empty(0)
+    if captured:
+        local = torch.cat(captured)
+        parts = [torch.empty_like(local) for _ in range(groups.tp.size())]
+        dist.all_gather(parts, local, group=groups.tp)
+        logits = torch.cat(parts, dim=-1)[..., : last.shape.vocab_size]
+        if groups.cp.size() > 1:
+            logits = gather_sequence(logits.transpose(0, 1), groups.cp).transpose(0, 1)
+    by_stage: list[Tensor] = [torch.empty(0)] * groups.pp.size()
+    dist.all_gather_object(by_stage, logits.cpu(), group=groups.pp)
+    return by_stage[-1]
 
 
-def gather_gradients(wrapped: DistributedDataParallel) -> dict[str, Tensor]:
+def gather_gradients(model: ParallelModel) -> dict[str, Tensor]:
     """Whole gradients by name; under the distributed optimizer first completes each buffer."""
-    if wrapped.ddp_config.use_distributed_optimizer:
-        group = distributed.data_parallel_group()
-        for buffer in wrapped.buffers:
-            for bucket in buffer.buckets:
-                mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                dist.all_gather(list(bucket.grad_data.chunk(group.size())), mine, group=group)
-    return {
-        name: gather_shards(parameter, parameter.main_grad, wrapped.module)
-        for name, parameter in wrapped.module.named_parameters()
-    }
+    for chunk in model.chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            group = distributed.data_parallel_group()
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:
+                    mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather(list(bucket.grad_data.chunk(group.size())), mine, group=group)
+    return gather_stages(
+        {
+            name: gather_shards(parameter, parameter.main_grad)
+            for name, parameter in model.named_parameters()
+        }
+    )
 
 
-def gather_shards(parameter: Tensor, tensor: Tensor, model: PonderGPTModel) -> Tensor:
+def gather_weights(model: ParallelModel) -> dict[str, Tensor]:
+    """Whole weights by name."""
+    return gather_stages(
+        {
+            name: gather_shards(parameter, parameter.detach())
+            for name, parameter in model.named_parameters()
+        }
+    )
+
+
+def gather_shards(parameter: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, sharded as `parameter` is, put together over the tensor-parallel ranks."""
     group = distributed.tensor_parallel_group()
     if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
@@ -164,3 +220,16 @@ def gather_shards(parameter: Tensor, tensor: Tensor, model: PonderGPTModel) -> T
     return torch.cat(
         [pieces[r][k] for k in range(stride) for r in range(len(shards))], dim=dim
     ).cpu()
+
+
+def gather_stages(mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of all pipeline stages; NaN where two (with tied embeddings) do not agree."""
+    group = distributed.process_groups().pp
+    by_stage: list[dict[str, Tensor]] = [{}] * group.size()
+    dist.all_gather_object(by_stage, mine, group=group)
+    whole: dict[str, Tensor] = {}
+    for tensors in by_stage:
+        for name, tensor in tensors.items():
+            agree = name not in whole or torch.equal(whole[name], tensor)
+            whole[name] = tensor if agree else torch.full_like(tensor, torch.nan)
+    return whole

@@ -9,11 +9,11 @@ import torch
 from megatron_ponder.benchmark.reference import build_reference, loss_function
 from megatron_ponder.convert.weight_names import to_huggingface, to_megatron
 from megatron_ponder.model.build import build_model
-from megatron_ponder.parallel.gradients import wrap_data_parallel
+from megatron_ponder.parallel.parallel_model import wrap_data_parallel
 from megatron_ponder.parallel.schedule import run_microbatches
 from megatron_ponder.runtime import distributed
+from tests.parity.layouts import GPT2, LLAMA, NEOX, SEQ_LENGTH, VANILLA, config_of
 from tests.parity.measure import gather_gradients, gather_logits
-from tests.parity.test_layouts import GPT2, LLAMA, NEOX, SEQ_LENGTH, VANILLA, config_of
 from tests.parity.tolerances import (
     GRADIENT_RELATIVE,
     LOGITS_ABSOLUTE,
@@ -81,9 +81,9 @@ def differences(name: str, off_by_one: bool = False) -> list[str]:
     model = build_model(config)
     weights = {key: p.detach() for key, p in reference.named_parameters()}
     model.load_state_dict(to_megatron(weights, config.model), strict=False)
+    wrapped = wrap_data_parallel([model], config)
     plan = model.method.plan(r + off_by_one)
-    logits = gather_logits(model, inputs, plan)
-    wrapped = wrap_data_parallel(model, config)
+    logits = gather_logits(wrapped, config, inputs, plan)
     totals = run_microbatches(
         wrapped,
         iter([{"tokens": inputs, "labels": labels, "loss_mask": torch.ones(inputs.shape)}]),

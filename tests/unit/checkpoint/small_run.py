@@ -2,22 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.reader import load_checkpoint, locate
 from megatron_ponder.checkpoint.writer import save_checkpoint
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
-from megatron_ponder.model.build import build_model
 from megatron_ponder.optim.adamw import build_optimizer
-from megatron_ponder.parallel.gradients import wrap_data_parallel
+from megatron_ponder.parallel.parallel_model import build_parallel_model
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.runtime import distributed
 from megatron_ponder.train.step import StepResult, Trainee, train_step
-from tests.parity.measure import gather_shards
+from tests.parity.measure import gather_weights
 
 VOCAB_SIZE = 61
 SEQ_LENGTH = 16
@@ -67,8 +66,8 @@ def iteration_batches(config: RunConfig, iteration: int) -> Iterator[Batch]:
 def build_trainee(config: RunConfig) -> Trainee:
     """Model, optimizer and schedule; starts the layout."""
     distributed.initialize(config.parallel, config.training.seed)
-    model = wrap_data_parallel(build_model(config), config)
-    optimizer, scheduler = build_optimizer(config, model)
+    model = build_parallel_model(config)
+    optimizer, scheduler = build_optimizer(config, model.chunks)
     return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
 
 
@@ -87,12 +86,12 @@ def run_iterations(
     return steps
 
 
-def whole_weights(trainee: Trainee) -> dict[str, Tensor]:
-    """All weights by name, tensor-parallel shards put together."""
-    model = trainee.model.module
+def parts(trainee: Trainee) -> dict[str, Any]:
+    """What saving and loading take."""
     return {
-        name: gather_shards(parameter, parameter.detach(), model)
-        for name, parameter in model.named_parameters()
+        "chunks": trainee.model.chunks,
+        "optimizer": trainee.optimizer,
+        "scheduler": trainee.scheduler,
     }
 
 
@@ -101,10 +100,10 @@ def save_midway(config: RunConfig, at: int, last: int) -> dict[str, object]:
     trainee = build_trainee(config)
     progress = Progress()
     run_iterations(config, trainee, progress, at)
-    save_checkpoint(config, progress=progress, **vars(trainee))
+    save_checkpoint(config, progress=progress, **parts(trainee))
     steps = run_iterations(config, trainee, progress, last)
     draw = torch.rand(3)
-    result = {"steps": steps, "weights": whole_weights(trainee), "draw": draw}
+    result = {"steps": steps, "weights": gather_weights(trainee.model), "draw": draw}
     distributed.leave_layout()
     return result
 
@@ -114,9 +113,9 @@ def resume(config: RunConfig, last: int) -> dict[str, object]:
     trainee = build_trainee(config)
     assert config.checkpoint.load is not None
     checkpoint = locate(Path(config.checkpoint.load), config.checkpoint.ckpt_step)
-    progress = load_checkpoint(config, checkpoint, **vars(trainee))
+    progress = load_checkpoint(config, checkpoint, **parts(trainee))
     steps = run_iterations(config, trainee, progress, last)
     draw = torch.rand(3)
-    result = {"steps": steps, "weights": whole_weights(trainee), "draw": draw}
+    result = {"steps": steps, "weights": gather_weights(trainee.model), "draw": draw}
     distributed.leave_layout()
     return result

@@ -7,15 +7,15 @@ import torch
 
 from megatron_ponder.model.build import build_model
 from megatron_ponder.runtime import distributed
+from tests.parity.layouts import config_of
 from tests.parity.measure import gather_shards
-from tests.parity.test_layouts import config_of
 from tests.ranks import run_ranks
 
 
 def whole_weights(config):
     distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config)
-    weights = {n: gather_shards(p, p.detach(), model) for n, p in model.named_parameters()}
+    weights = {n: gather_shards(p, p.detach()) for n, p in model.named_parameters()}
     distributed.leave_layout()
     return weights
 

@@ -13,7 +13,7 @@ from megatron_ponder.model.build import build_model
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.runtime import distributed
-from tests.parity.test_layouts import GPT2, LLAMA, MODELS, NEOX, SEQ_LENGTH, VANILLA, config_of
+from tests.parity.layouts import GPT2, LLAMA, MODELS, NEOX, SEQ_LENGTH, VANILLA, config_of
 from tests.ranks import run_ranks
 
 # Millions, as METHOD's section 5 and the paper give them.

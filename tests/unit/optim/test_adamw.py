@@ -69,7 +69,7 @@ def _step_beside_torch(settings: dict) -> dict[str, float]:
     """Largest difference of each weight from torch's AdamW on the same gradients, after steps."""
     config = small_config(1, weight_decay=WEIGHT_DECAY, **settings)
     trainee = build_trainee(config)
-    model = trainee.model.module
+    model = trainee.model.modules[0]
     named = dict(model.named_parameters())
     copies = {name: p.detach().clone().float().requires_grad_() for name, p in named.items()}
     decayed = [c for c in copies.values() if c.dim() > 1]
@@ -117,7 +117,7 @@ def _norms(clip_grad: float) -> list[float]:
     trainee = build_trainee(config)
     norms = [step.grad_norm for step in run_iterations(config, trainee, Progress(), NUM_STEPS)]
     clipped = math.sqrt(
-        sum(p.main_grad.square().sum().item() for p in trainee.model.module.parameters())
+        sum(p.main_grad.square().sum().item() for p in trainee.model.modules[0].parameters())
     )
     distributed.leave_layout()
     return [*norms, clipped]
