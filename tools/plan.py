@@ -11,9 +11,9 @@ does, and the flags below. Needs no GPU, no data and no other ranks. A layout th
 refuse ends with exit code 2 and what to change; one that is too large for --device-memory-gib is
 reported as such, with what each of several changes would bring, and exit code 0.
 
-Memory is derived from what the layers keep and from the order in which megatron-core runs them; it
-is within 10% of the measured peak in the tests. Time is FLOPs over --assumed-tflops: compare layouts
-by it, do not expect it. docs/parallelism.md explains the schedule, docs/performance.md the counts.
+Memory is derived from what the layers keep and from the order in which megatron-core runs them;
+tests hold it to within 10% of measured peaks. Time is FLOPs over --assumed-tflops: compare layouts
+by it, do not expect it. docs/parallelism.md explains the schedule and the memory.
 """
 
 import json

@@ -7,7 +7,8 @@ width, f MLP width, f' width before the activation; all local to the rank):
     queries, keys, values            S (a + 2 g)
     attention's output and row sums  S a, S heads in fp32
     the output as the projection reads it   S a, a copy with rotary positions (SDPA's output has
-                                     its queries' layout, and the rotation's is heads first)
+                                     its queries' layout, and the rotation's is heads first) and
+                                     with context parallelism (two halves are joined)
     residual, norm 2, MLP's input    R h (none with a parallel residual), R rows, R h
     activation's input and output    R f', R f
 
@@ -69,7 +70,7 @@ class ActivationCounter:
         if size.context_parallel_size > 1:
             kept += self._gathered_bytes(rows)
         # One stage of several is a view of the whole; more than one are copied.
-        is_copied = size.rotated_channels > 0
+        is_copied = size.rotated_channels > 0 or size.context_parallel_size > 1
         if 1 < num_read < pass_.num_stages:
             rows, is_copied = self.rows(num_read), True
         if is_copied:

@@ -77,7 +77,7 @@ class _StageTraffic:
         return self.stage == self.num_stages - 1 and chunk.is_last_of_pass
 
     def _is_start(self, chunk: Chunk) -> bool:
-        return self.stage == 0 and chunk.is_first_of_pass
+        return self.stage == 0 and chunk.layer_chunk == 0
 
     def _num_forwards(self, chunk: Chunk) -> float:
         """Forwards of the chunk's layers, recomputed ones included."""

@@ -31,24 +31,20 @@ class Limit:
         return self.now >= self.most
 
 
-def find_limits(
-    config: RunConfig, plan: PassPlan, world_size: int, num_microbatches: int
-) -> list[dict[str, Any]]:
+def find_limits(config: RunConfig, world_size: int, num_microbatches: int) -> list[dict[str, Any]]:
     """Bounds of tensor, pipeline, context and data parallelism, each with the others as they are.
 
     Args:
         config: resolved, so that no bound is passed.
-        plan: the passes.
         world_size: ranks.
         num_microbatches: of a step on each data-parallel rank.
     """
     replicas = data_parallel_size(config, world_size)
-    has_chunks = len(plan.passes) * config.parallel.num_virtual_stages_per_pipeline_rank > 1
     limits = (
         _tensor(config, replicas),
-        _pipeline(config, replicas, num_microbatches if has_chunks else None),
+        _pipeline(config, replicas, num_microbatches),
         _context(config, replicas),
-        _data(config, replicas, has_chunks),
+        _data(config, replicas),
     )
     return [dataclasses.asdict(limit) | {"binds": limit.binds} for limit in limits]
 
@@ -79,7 +75,7 @@ def _tensor(config: RunConfig, replicas: int) -> Limit:
     )
 
 
-def _pipeline(config: RunConfig, replicas: int, num_microbatches: int | None) -> Limit:
+def _pipeline(config: RunConfig, replicas: int, num_microbatches: int) -> Limit:
     """Layers and, with several chunks, micro-batches."""
     parallel, num_layers = config.parallel, config.model.num_layers
     now, chunks = (
@@ -91,16 +87,14 @@ def _pipeline(config: RunConfig, replicas: int, num_microbatches: int | None) ->
         if num_layers % (size * chunks):
             return False
         # Fewer replicas have more micro-batches each.
-        return num_microbatches is None or num_microbatches * size // now % size == 0
+        return num_microbatches * size // now % size == 0
 
-    why = f"{num_layers} layers in {chunks} chunk(s) per stage must divide by it"
-    if num_microbatches is not None:
-        why += f", and micro-batches of a replica, {num_microbatches} now"
     return Limit(
         name="pipeline_model_parallel_size",
         now=now,
         most=_largest(now, replicas, is_possible),
-        why=why,
+        why=f"{num_layers} layers in {chunks} chunk(s) per stage must divide by it, and the "
+        f"micro-batches of a replica, {num_microbatches} now",
     )
 
 
@@ -115,18 +109,17 @@ def _context(config: RunConfig, replicas: int) -> Limit:
     )
 
 
-def _data(config: RunConfig, replicas: int, has_chunks: bool) -> Limit:
+def _data(config: RunConfig, replicas: int) -> Limit:
     """Micro-batches of the global batch."""
     training, stages = config.training, config.parallel.pipeline_model_parallel_size
     assert training.global_batch_size is not None
     num_microbatches = training.global_batch_size // training.micro_batch_size
-    least = stages if has_chunks else 1
     return Limit(
         name="data_parallel_size",
         now=replicas,
-        most=num_microbatches // least,
+        most=num_microbatches // stages,
         why=f"a step has {num_microbatches} micro-batches, and each replica needs a multiple of "
-        f"{least}",
+        f"{stages}",
     )
 
 

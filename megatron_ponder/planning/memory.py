@@ -137,10 +137,12 @@ class _StagePeak:
         """Bytes, and what is alive then."""
         kept = [self._kept_bytes(chunk) for chunk in self.chunks]
         backward = [self._backward_bytes(chunk) for chunk in self.chunks]
+        sent = {False: self._sent_forward_bytes(), True: self._sent_backward_bytes()}
         held = num_alive = most = num_alive_then = 0
         for work in self.pipeline.order(self.stage):
             if not work.is_backward:
                 held, num_alive = held + kept[work.chunk], num_alive + 1
+            held += sent[work.is_backward][work.chunk]
             now = held + (backward[work.chunk] if work.is_backward else 0)
             if now > most:
                 most, num_alive_then = now, num_alive
@@ -148,17 +150,49 @@ class _StagePeak:
                 held, num_alive = held - kept[work.chunk], num_alive - 1
         return most, num_alive_then
 
+    def _sent_forward_bytes(self) -> list[int]:
+        """What is sent on after each chunk's forward; the communicator keeps it to the step's end.
+
+        It is the output that the schedule keeps for the backward, too.
+        """
+        if self.num_stages == 1:
+            return [0] * len(self.chunks)
+        return [
+            0
+            if chunk is self.chunks[-1] and self._has_end(chunk)
+            else self.counter.carry_bytes(chunk)
+            if self.stage == self.num_stages - 1
+            else self.counter.hidden_bytes(chunk.num_stages_inside)
+            for chunk in self.chunks
+        ]
+
+    def _sent_backward_bytes(self) -> list[int]:
+        """What is sent back after each chunk's backward; kept likewise."""
+        if self.num_stages == 1:
+            return [0] * len(self.chunks)
+        sent = []
+        for chunk in self.chunks:
+            before = self.chunks[chunk.index - 1] if chunk.index else None
+            if not chunk.has_grad or (self.stage == 0 and (before is None or not before.has_grad)):
+                sent.append(0)
+            elif self.stage == 0:
+                assert before is not None
+                sent.append(self.counter.carry_bytes(before))
+            else:
+                sent.append(self.counter.hidden_bytes(chunk.num_stages_inside))
+        return sent
+
     def _has_end(self, chunk: Chunk) -> bool:
         """Whether final norm or loss follow the chunk here."""
         return self.stage == self.num_stages - 1 and chunk.is_last_of_pass
 
     def _has_input(self, chunk: Chunk) -> bool:
         """Whether the pass's input is built here."""
-        return self.stage == 0 and chunk.is_first_of_pass
+        return self.stage == 0 and chunk.layer_chunk == 0
 
     def _kept_bytes(self, chunk: Chunk) -> int:
         """From a forward to its backward."""
-        kept = self._travelling_bytes(chunk)
+        kept = self._received_bytes(chunk)
         if not chunk.has_grad:
             return kept
         if self._is_recomputed_whole(chunk):
@@ -167,23 +201,16 @@ class _StagePeak:
         kept += self._layers_bytes(chunk)
         return kept + self._end_bytes(chunk)
 
-    def _travelling_bytes(self, chunk: Chunk) -> int:
-        """What the schedule holds of a chunk: the input from elsewhere, the output for elsewhere.
+    def _received_bytes(self, chunk: Chunk) -> int:
+        """The input that the schedule holds of a chunk until its backward.
 
-        The input of a stage that does not build it is what its first layer keeps anyway.
+        Where it is the input of the first layer, that layer keeps it anyway.
         """
-        if self.num_stages == 1:
+        if self.num_stages == 1 or (self.stage == 0 and chunk.index == 0):
             return 0
-        held = 0
-        if chunk.index > 0 and self._has_input(chunk):
-            held += self.counter.carry_bytes(self.chunks[chunk.index - 1])
-        elif not self._has_input(chunk) and not chunk.has_grad:
-            held += self.counter.hidden_bytes(chunk.num_stages_inside)
-        if not self._has_end(chunk):
-            return held + self.counter.hidden_bytes(chunk.num_stages_inside)
-        if self.plan.is_last(chunk.pass_):
-            return held
-        return held + self.counter.carry_bytes(chunk)
+        if self.stage == 0 and chunk.layer_chunk == 0:
+            return self.counter.carry_bytes(self.chunks[chunk.index - 1])
+        return 0 if chunk.has_grad else self.counter.hidden_bytes(chunk.num_stages_inside)
 
     def _is_recomputed_whole(self, chunk: Chunk) -> bool:
         """Whether the pass is recomputed from its input."""
@@ -206,9 +233,7 @@ class _StagePeak:
         num_layers = self.layers[chunk.layer_chunk]
         is_end = self._has_end(chunk)
         return [
-            self.counter.layer_bytes(
-                chunk.pass_, is_last_layer=is_end and layer == num_layers - 1
-            )
+            self.counter.layer_bytes(chunk.pass_, is_last_layer=is_end and layer == num_layers - 1)
             for layer in range(num_layers)
         ]
 
@@ -238,7 +263,10 @@ class _StagePeak:
         """What a backward needs above everything alive, at its worst moment."""
         if not chunk.has_grad:
             return 0
-        at_layers = self._recomputed_bytes(chunk) + self._layer_backward_bytes(chunk)
+        # Layers that are kept have had their backward when those before them are recomputed.
+        kept = self._units(chunk)[1] if not self._is_recomputed_whole(chunk) else 0
+        at_layers = max(self._recomputed_bytes(chunk) - kept, 0)
+        at_layers += self._layer_backward_bytes(chunk)
         is_loss = self._has_end(chunk) and self.plan.is_last(chunk.pass_)
         if self.num_stages == 1:
             at_layers += self._waiting_gradient_bytes(is_loss)
@@ -247,9 +275,20 @@ class _StagePeak:
         return max(self._head_backward_bytes(), at_layers - self.counter.head_bytes())
 
     def _waiting_gradient_bytes(self, is_last_pass: bool) -> int:
-        """Weight gradients that wait for those of other passes, before they join the fp32 ones."""
-        size = self.counter.shards
-        waiting = 0 if is_last_pass else sum(self.layers) * _layer_weights(self.config)
+        """Weight gradients that wait for those of other passes, before they join the fp32 ones.
+
+        What is recomputed has a backward of its own, and its gradients do not wait.
+        """
+        size, training = self.counter.shards, self.config.training
+        num_waiting = 0 if is_last_pass else sum(self.layers)
+        if training.recompute_granularity is not None:
+            recomputes_some = (training.recompute_granularity, training.recompute_method) == (
+                "full",
+                "block",
+            )
+            left = max(num_waiting - training.recompute_num_layers, 0)
+            num_waiting = left if recomputes_some else 0
+        waiting = num_waiting * _layer_weights(self.config)
         if not self.config.model.untie_embeddings_and_output_weights:
             waiting += size.vocab_rows * size.hidden_size
         return waiting * size.element_bytes
@@ -277,7 +316,8 @@ class _StagePeak:
             ffn_input * size.hidden_size - rows * ffn + rows * size.hidden_size,  # first projection
         )
         hidden = self.counter.hidden_bytes(chunk.num_stages_inside)
-        return hidden + max(moments) * size.element_bytes
+        gathered = hidden * size.sequence_shards if size.sequence_shards > 1 else 0
+        return hidden + gathered + max(moments) * size.element_bytes
 
     def _head_backward_bytes(self) -> int:
         """The output layer's weight gradient, its input's, and in bf16 the logits' in bf16."""

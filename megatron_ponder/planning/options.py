@@ -12,8 +12,8 @@ class PlanOptions:
     world_size: int
     """Ranks (devices) of the run; they need not exist here."""
     device_memory_gib: float | None = None
-    """Memory of a device that a run may fill; the report says whether it fits, and what would. Leave
-    out of it about 1 GiB for CUDA, its libraries and fragmentation. None: not compared."""
+    """Memory of a device that a run may fill; the report says whether it fits, and what would.
+    Leave about 1 GiB of it to CUDA, its libraries and fragmentation. None: not compared."""
     assumed_tflops: float = 100.0
     """Rate at which a device turns the counted FLOPs into seconds, in TFLOP/s. Changes the seconds
     of the report, not its bubble."""

@@ -12,7 +12,6 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.planning.options import PlanOptions
 from megatron_ponder.planning.report import largest_plan, microbatches_per_step, simulate_step
 from megatron_ponder.planning.timeline import Event, Timeline
-from megatron_ponder.ponder.method import load_method
 
 Colour = tuple[float, float, float]
 
@@ -44,7 +43,7 @@ def draw_step(options: PlanOptions, config: RunConfig, path: Path) -> None:
         config: resolved.
         path: the PNG to write.
     """
-    plan = largest_plan(config, load_method(config.method))
+    plan = largest_plan(config)
     num_layer_chunks = config.parallel.num_virtual_stages_per_pipeline_rank
     num_stages = config.parallel.pipeline_model_parallel_size
     num_chunks = len(plan.passes) * num_layer_chunks

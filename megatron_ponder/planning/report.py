@@ -21,8 +21,9 @@ from megatron_ponder.planning.shards import layers_by_stage
 from megatron_ponder.planning.timeline import Timeline, equal_chunks_bubble, simulate
 from megatron_ponder.planning.work import BACKWARD_PER_FORWARD, chunk_flops
 from megatron_ponder.ponder.chunks import cut_into_chunks
-from megatron_ponder.ponder.method import Method, load_method
+from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.plan import PassPlan
+from megatron_ponder.ponder.schedule import possible_plans
 
 BYTES_PER_GIB = 1 << 30
 
@@ -37,9 +38,8 @@ def plan_run(options: PlanOptions, config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the method is unknown, or the pipeline cannot run so many micro-batches.
     """
-    method = load_method(config.method)
     r_values = possible_r(config.method)
-    plan = largest_plan(config, method)
+    plan = largest_plan(config)
     num_microbatches = microbatches_per_step(config, options.world_size)
     memory = stage_memory(config, plan, options.world_size, num_microbatches)
     fullest = max(stage.total for stage in memory)
@@ -56,7 +56,7 @@ def plan_run(options: PlanOptions, config: RunConfig) -> dict[str, Any]:
         "num_jacobi_iterations": {"planned_for": r_values[-1], "drawn_from": r_values},
         "parameters": dataclasses.asdict(count_parameters(config.model))
         | {"per_rank": [stage.num_parameters for stage in memory]},
-        "step": _step(config, method, plan, num_microbatches),
+        "step": _step(config, plan, num_microbatches),
         "passes": _passes(config, plan),
         "schedule": _schedule(config, plan, simulate_step(options, config, plan)),
         "memory": [
@@ -71,7 +71,7 @@ def plan_run(options: PlanOptions, config: RunConfig) -> dict[str, Any]:
             dataclasses.asdict(stage)
             for stage in stage_traffic(config, plan, options.world_size, num_microbatches)
         ],
-        "limits": find_limits(config, plan, options.world_size, num_microbatches),
+        "limits": find_limits(config, options.world_size, num_microbatches),
     }
     if options.device_memory_gib is not None:
         available = options.device_memory_gib * BYTES_PER_GIB
@@ -107,10 +107,13 @@ def possible_r(method: MethodConfig) -> list[int]:
     return [method.num_jacobi_iterations]
 
 
-def largest_plan(config: RunConfig, method: Method) -> PassPlan:
-    """The passes at the largest R."""
-    plan = method.plan(possible_r(config.method)[-1])
-    return plan.with_grad_passes(config.method.jacobi_grad_passes)
+def largest_plan(config: RunConfig) -> PassPlan:
+    """The passes of a training forward at the largest R.
+
+    Raises:
+        ConfigError: the method is unknown.
+    """
+    return possible_plans(load_method(config.method))[-1]
 
 
 def microbatches_per_step(config: RunConfig, world_size: int) -> int:
@@ -145,16 +148,11 @@ def simulate_step(
     return simulate(pipeline, forward_s, backward_s)
 
 
-def _step(
-    config: RunConfig, method: Method, plan: PassPlan, num_microbatches: int
-) -> dict[str, Any]:
+def _step(config: RunConfig, plan: PassPlan, num_microbatches: int) -> dict[str, Any]:
     """Work of a step over all ranks."""
     training, seq_length = config.training, config.data.seq_length
     assert training.global_batch_size is not None
-    plans = [
-        method.plan(r).with_grad_passes(config.method.jacobi_grad_passes)
-        for r in possible_r(config.method)
-    ]
+    plans = possible_plans(load_method(config.method))
     per_sequence = [_training_flops(config, one) for one in plans]
     forward = [forward_flops(config.model, one, seq_length).total for one in plans]
     again = sum(map(sum, chunk_flops(config, plan).recomputed)) / training.micro_batch_size

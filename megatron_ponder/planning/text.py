@@ -80,7 +80,12 @@ def _passes(result: dict[str, Any]) -> list[str]:
 def _memory(result: dict[str, Any]) -> list[str]:
     keys = ("parameters", "gradients", "optimizer", "activations", "total")
     rows = [
-        [str(row["stage"]), str(row["layers"]), *(_gib(row[k]) for k in keys), str(row["num_alive"])]
+        [
+            str(row["stage"]),
+            str(row["layers"]),
+            *(_gib(row[k]) for k in keys),
+            str(row["num_alive"]),
+        ]
         for row in _shown(result["memory"])
     ]
     header = ["stage", "layers", "weights", "gradients", "optimizer", "step", "total", "alive"]
@@ -102,7 +107,7 @@ def _shown(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _schedule(result: dict[str, Any]) -> list[str]:
     schedule = result["schedule"]
     return [
-        f"pipeline: {schedule['num_chunks']} chunks x {schedule['num_microbatches']} micro-batches; "
+        f"{schedule['num_chunks']} pipeline chunks x {schedule['num_microbatches']} micro-batches, "
         f"bubble {schedule['bubble']:.1%} ({schedule['bubble_if_chunks_were_equal']:.1%} if all "
         "chunks cost the same)",
         f"computing: {schedule['computing_s']:.4g} s per step at the assumed rate, without "

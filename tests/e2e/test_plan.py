@@ -69,7 +69,10 @@ def test_help_teaches() -> None:
             "--global-batch-size 3".split(),
             "micro-batches",
         ),
-        (["--preset", "gpt2", "--seq-length", "64", "--world-size", "1", "--method", "x"], "ponder"),
+        (
+            ["--preset", "gpt2", "--seq-length", "64", "--world-size", "1", "--method", "x"],
+            "ponder",
+        ),
     ],
 )
 def test_bad_input(arguments: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a training step really holds: every allocation and release, as torch's profiler sees them."""
+"""What a training step really holds: every allocation and release that torch's profiler sees."""
 
 from typing import Any
 
@@ -34,9 +34,9 @@ def measure(config: RunConfig) -> dict[str, int]:
         for _, nbytes in changes:
             held += nbytes
             most = max(most, held)
-        buffers = trainee.model.buffers + trainee.model.expert_parallel_buffers
+        buffers = [buffer for chunk in trainee.model.chunks for buffer in chunk.buffers]
         return {
-            "parameters": sum(p.nbytes for p in trainee.model.parameters()),
+            "parameters": sum(p.nbytes for c in trainee.model.chunks for p in c.parameters()),
             "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
             "optimizer": _optimizer_bytes(trainee.optimizer),
             "step": most,

@@ -22,9 +22,7 @@ METHODS = {
 }
 
 
-def small_run(
-    architecture: str, method: str, world_size: int = 1, **settings: Any
-) -> RunConfig:
+def small_run(architecture: str, method: str, world_size: int = 1, **settings: Any) -> RunConfig:
     """A resolved run.
 
     Args:

@@ -16,7 +16,6 @@ from megatron_ponder.planning.report import (
 )
 from megatron_ponder.planning.text import as_text
 from megatron_ponder.planning.work import chunk_flops
-from megatron_ponder.ponder.method import load_method
 from tests.unit.planning.runs import ARCHITECTURES, METHODS, small_run
 
 
@@ -26,7 +25,7 @@ def test_chunks_share_the_whole_work(architecture: str, method: str) -> None:
     """Summed over stages and chunks, forwards are those of model/size.py."""
     layout = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
     config = small_run(architecture, method, world_size=2, global_batch_size=4, **layout)
-    plan = largest_plan(config, load_method(config.method))
+    plan = largest_plan(config)
     flops = chunk_flops(config, plan)
     whole = forward_flops(config.model, plan, config.data.seq_length).total
     whole *= config.training.micro_batch_size
@@ -38,13 +37,11 @@ def test_chunks_share_the_whole_work(architecture: str, method: str) -> None:
 def test_recomputation_is_one_more_forward() -> None:
     def recomputed(**settings: object) -> float:
         config = small_run("llama", "K1", **settings)
-        plan = largest_plan(config, load_method(config.method))
+        plan = largest_plan(config)
         return sum(map(sum, chunk_flops(config, plan).recomputed))
 
     config = small_run("llama", "K1")
-    passes = forward_flops(
-        config.model, largest_plan(config, load_method(config.method)), config.data.seq_length
-    ).passes
+    passes = forward_flops(config.model, largest_plan(config), config.data.seq_length).passes
     layers = [config.training.micro_batch_size * (p.linear + p.attention) for p in passes]
     assert recomputed(recompute_granularity="full") == pytest.approx(sum(layers))
     assert recomputed(recompute_granularity="pass") == pytest.approx(sum(layers[:-1]))
@@ -72,7 +69,7 @@ def test_report_of_a_pipeline() -> None:
     by_change = {row["change"]: row["total_gib"] for row in result["remedies"]}
     assert by_change["--recompute-granularity pass"] < result["memory"][0]["total_gib"]
     text = as_text(result)
-    assert "DOES NOT FIT" in text and "4 chunks x 4 micro-batches" in text
+    assert "DOES NOT FIT" in text and "4 pipeline chunks x 4 micro-batches" in text
 
 
 def test_memory_falls_with_recomputation_and_with_fewer_gradients() -> None:
@@ -106,8 +103,7 @@ def test_limits() -> None:
     config = small_run(
         "llama", "K1", world_size=8, pipeline_model_parallel_size=2, global_batch_size=16
     )
-    plan = largest_plan(config, load_method(config.method))
-    found = find_limits(config, plan, 8, microbatches_per_step(config, 8))
+    found = find_limits(config, 8, microbatches_per_step(config, 8))
     most = {limit["name"]: (limit["now"], limit["most"], limit["binds"]) for limit in found}
     assert most["tensor_model_parallel_size"] == (1, 2, False)  # two key/value heads
     assert most["pipeline_model_parallel_size"] == (2, 4, False)  # four layers
