@@ -135,17 +135,29 @@ def simulate_step(
         plan: the passes.
         num_microbatches: None: as many as the run has.
     """
-    parallel = config.parallel
-    chunks = cut_into_chunks(plan, parallel.num_virtual_stages_per_pipeline_rank)
     forward_s, backward_s = chunk_flops(config, plan).seconds(options.assumed_tflops)
-    pipeline = Pipeline(
+    pipeline = run_pipeline(
+        config, num_microbatches or microbatches_per_step(config, options.world_size)
+    )
+    return simulate(pipeline, forward_s, backward_s)
+
+
+def run_pipeline(config: RunConfig, num_microbatches: int) -> Pipeline:
+    """What the run's stages do in a step with the largest R.
+
+    Args:
+        config: resolved.
+        num_microbatches: of each data-parallel rank.
+    """
+    parallel, plan = config.parallel, largest_plan(config)
+    chunks = cut_into_chunks(plan, parallel.num_virtual_stages_per_pipeline_rank)
+    return Pipeline(
         num_stages=parallel.pipeline_model_parallel_size,
         num_chunks=len(chunks),
-        num_microbatches=num_microbatches or microbatches_per_step(config, options.world_size),
+        num_microbatches=num_microbatches,
         first_grad_chunk=next(chunk.index for chunk in chunks if chunk.has_grad),
         overlap=parallel.overlap_p2p_communication,
     )
-    return simulate(pipeline, forward_s, backward_s)
 
 
 def _step(config: RunConfig, plan: PassPlan, num_microbatches: int) -> dict[str, Any]:

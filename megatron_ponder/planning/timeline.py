@@ -1,8 +1,9 @@
 """When each stage does what: a simulation of one step on a pipeline, event by event.
 
 Instructions come from order.py, durations from whoever measured or estimated them. Each stage has
-one clock: a computation takes its time, a send takes none (buffers are assumed), a wait lasts until
-the result has been sent and, `latency_s` later, has arrived.
+one clock: a computation takes its time, a send takes none, a wait lasts until the message has
+arrived. A message travels for `latency_s` once it has been sent and, without overlapped
+communication, once its receiver asks for it, which is when it begins to wait.
 
 Closed form: if all chunks cost f forward and b backward, on p stages with m micro-batches (a
 multiple of p) and c chunks,
@@ -16,7 +17,7 @@ for the longest, and the simulation says how long.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_ponder.planning.order import Pipeline, Work
 
@@ -75,12 +76,32 @@ def simulate(
         backward_s: seconds of a backward, [stage][chunk], what is recomputed included.
         latency_s: from sending to arrival at another stage.
     """
-    num_stages = pipeline.num_stages
     for table in (forward_s, backward_s):
-        assert len(table) == num_stages
+        assert len(table) == pipeline.num_stages
         assert all(len(row) == pipeline.num_chunks for row in table)
+
+    def duration_s(stage: int, work: Work) -> float:
+        if not work.is_backward:
+            return forward_s[stage][work.chunk]
+        return backward_s[stage][work.chunk] if work.chunk >= pipeline.first_grad_chunk else 0.0
+
+    return simulate_each(pipeline, duration_s, latency_s)
+
+
+def simulate_each(
+    pipeline: Pipeline, duration_s: Callable[[int, Work], float], latency_s: float = 0.0
+) -> Timeline:
+    """Run one step on paper with a duration for every single computation.
+
+    Args:
+        pipeline: what is run in which order.
+        duration_s: seconds, by stage and work.
+        latency_s: from sending to arrival at another stage.
+    """
+    num_stages = pipeline.num_stages
     programs = [pipeline.instructions(stage) for stage in range(num_stages)]
     positions, clocks = [0] * num_stages, [0.0] * num_stages
+    asked_s: list[float | None] = [None] * num_stages  # since when a stage waits
     sent_s: dict[tuple[int, Work], float] = {}
     events: list[list[Event]] = [[] for _ in programs]
     latency_s = latency_s if num_stages > 1 else 0.0
@@ -92,17 +113,19 @@ def simulate(
                 step = program[positions[stage]]
                 if step.action == "wait":
                     source = pipeline.source(stage, step.work)
+                    asked_s[stage] = clocks[stage] if asked_s[stage] is None else asked_s[stage]
                     if source is not None and source not in sent_s:
                         break
                     if source is not None:
-                        clocks[stage] = max(clocks[stage], sent_s[source] + latency_s)
+                        asked = 0.0 if pipeline.overlap else asked_s[stage] or 0.0
+                        arrived_s = max(asked, sent_s[source]) + latency_s
+                        clocks[stage] = max(clocks[stage], arrived_s)
                 elif step.action == "send":
                     sent_s[stage, step.work] = clocks[stage]
                 else:
+                    asked_s[stage] = None
                     start_s = clocks[stage]
-                    clocks[stage] += _duration_s(
-                        pipeline, step.work, forward_s[stage], backward_s[stage]
-                    )
+                    clocks[stage] += duration_s(stage, step.work)
                     events[stage].append(
                         Event(stage=stage, work=step.work, start_s=start_s, end_s=clocks[stage])
                     )
@@ -111,12 +134,3 @@ def simulate(
     stuck = [s for s, program in enumerate(programs) if positions[s] < len(program)]
     assert not stuck, f"stages {stuck} wait for each other: {pipeline}"
     return Timeline(pipeline=pipeline, events=tuple(e for mine in events for e in mine))
-
-
-def _duration_s(
-    pipeline: Pipeline, work: Work, forward_s: Sequence[float], backward_s: Sequence[float]
-) -> float:
-    """Seconds of one computation."""
-    if not work.is_backward:
-        return forward_s[work.chunk]
-    return backward_s[work.chunk] if work.chunk >= pipeline.first_grad_chunk else 0.0
