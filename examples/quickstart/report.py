@@ -28,8 +28,7 @@ from megatron_ponder.config.parse import config_from_flat_dict
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import jacobi_iterations
-from megatron_ponder.train.metrics import FLOPS_PER_FORWARD_FLOP
+from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
 
 COLORS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#7c3aed")
 INK = "#1f2937"
@@ -66,14 +65,14 @@ class Result:
         config = self.config
         method = load_method(config.method)
         assert config.training.global_batch_size is not None
-        factor = FLOPS_PER_FORWARD_FLOP * config.training.global_batch_size
         by_rounds: dict[int, float] = {}
         flops = []
         for iteration in range(1, config.training.train_iters + 1):
             r = jacobi_iterations(config.method, config.training.seed, iteration)
             if r not in by_rounds:
-                forward = forward_flops(config.model, method.plan(r), config.data.seq_length)
-                by_rounds[r] = float(factor * forward.total)
+                plan = training_plan(method, r)
+                counts = forward_flops(config.model, plan, config.data.seq_length)
+                by_rounds[r] = float(counts.training * config.training.global_batch_size)
             flops.append(by_rounds[r])
         return flops
 

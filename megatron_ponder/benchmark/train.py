@@ -33,9 +33,8 @@ from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
 from megatron_ponder.runtime.device import device
-from megatron_ponder.train.metrics import FLOPS_PER_FORWARD_FLOP
 from megatron_ponder.train.run import build_trainee
 from megatron_ponder.train.step import train_step
 
@@ -222,8 +221,8 @@ def _summary(config: RunConfig, rounds: _Rounds, steps_per_round: int) -> dict[s
     assert training.global_batch_size is not None
     ms = statistics.median(rounds.ms)
     tokens = training.global_batch_size * config.data.seq_length
-    plan = load_method(config.method).plan(config.method.num_jacobi_iterations)
-    flops = FLOPS_PER_FORWARD_FLOP * forward_flops(config.model, plan, config.data.seq_length).total
+    plan = training_plan(load_method(config.method), config.method.num_jacobi_iterations)
+    flops = forward_flops(config.model, plan, config.data.seq_length).training
     has_one_r = not config.method.random_jacobi_iterations
     return {
         "ms_per_step": ms,

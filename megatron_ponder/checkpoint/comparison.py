@@ -1,6 +1,6 @@
 """What differs between the run that wrote a checkpoint and the run that loads it."""
 
-from megatron_ponder.config.resolve import padded_vocab_size
+from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import RunConfig
 
 SHAPE_SETTINGS = (

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ponder.checkpoint.optimizer_state import METADATA
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
@@ -20,6 +21,13 @@ def model_state(chunks: list[PonderGPTModel]) -> ShardedStateDict:
         str(position): chunk.sharded_state_dict(metadata=METADATA)
         for position, chunk in enumerate(chunks)
     }
+
+
+def complete_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Gather the updated weights where that is left to the next forward."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def load_chunks(chunks: list[PonderGPTModel], loaded: dict[str, Any]) -> None:

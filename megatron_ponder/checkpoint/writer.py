@@ -21,8 +21,12 @@ from megatron_ponder.checkpoint import layout
 from megatron_ponder.checkpoint.optimizer_state import METADATA
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.rng import random_state
+from megatron_ponder.checkpoint.state import (
+    complete_parameters,
+    model_state,
+    random_state_object,
+)
 from megatron_ponder.checkpoint.state import layout as layout_of
-from megatron_ponder.checkpoint.state import model_state, random_state_object
 from megatron_ponder.config.parse import dump_yaml
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import CheckpointError
@@ -84,6 +88,7 @@ def save_checkpoint(
     # it spawns for the purpose, 5 s once per rank. They report to this process: a plain queue does.
     filesystem_async._results_queue = queue.Queue()
     here = ranks()
+    complete_parameters(chunks)
     weights = model_state([chunk.module for chunk in chunks])
     dist_checkpointing.save(
         {

@@ -1,12 +1,20 @@
 """From the settings as given to settings that code can rely on: derived values, and all checks.
 
 Every problem is collected, so that a user sees all of them at once. Left out: whether files exist
-and whether a method's name is known (data/ and ponder/ say so when they look).
+and whether a method's name is known (data/ and ponder/ say so when they look). What ranks share is
+in layout.py.
 """
 
 import math
 from collections.abc import Iterator
 
+from megatron_ponder.config.layout import (
+    batch_problems,
+    data_parallel_size,
+    flag_of,
+    layout_problems,
+    shard_problems,
+)
 from megatron_ponder.config.schema import ModelConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 
@@ -26,15 +34,15 @@ def resolve(
     Raises:
         ConfigError: one line per problem, each with what to change.
     """
-    problems = [*_sizes(config), *_ranges(config), *_layout(config, world_size)]
+    problems = [*_sizes(config), *_ranges(config), *layout_problems(config, world_size)]
     if not problems:
         config = _derive(config, world_size, tokenizer_vocab_size)
         problems = [
             *_shape(config.model),
-            *_shards(config),
+            *shard_problems(config),
             *_vocabulary(config.model, tokenizer_vocab_size),
             *_method(config),
-            *_batch(config, world_size),
+            *batch_problems(config, world_size),
             *_schedule(config),
             *_data(config),
             *_checkpoints(config),
@@ -42,27 +50,6 @@ def resolve(
     if problems:
         raise ConfigError("the settings do not fit together:\n  - " + "\n  - ".join(problems))
     return config
-
-
-def padded_vocab_size(model: ModelConfig) -> int:
-    """Rows of embedding and output layer: a multiple of make_vocab_size_divisible_by.
-
-    Independent of the layout, so that a checkpoint has the same shapes everywhere.
-    """
-    assert model.vocab_size is not None
-    multiple = model.make_vocab_size_divisible_by
-    return math.ceil(model.vocab_size / multiple) * multiple
-
-
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that hold the same weights and different samples."""
-    parallel = config.parallel
-    model_parallel_size = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
-    return world_size // model_parallel_size
 
 
 def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None) -> RunConfig:
@@ -138,7 +125,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
             # A duration may be a fraction of a minute.
             low = 0 if name == "exit_duration_in_mins" else least
             if values[name] is not None and not values[name] >= low:  # also refuses NaN
-                yield f"{_flag(name)} {values[name]}: must be at least {low}."
+                yield f"{flag_of(name)} {values[name]}: must be at least {low}."
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -146,46 +133,12 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     values = config.to_flat_dict()
     for name in ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= values[name] < 1:
-            yield f"{_flag(name)} {values[name]}: must be at least 0 and below 1."
+            yield f"{flag_of(name)} {values[name]}: must be at least 0 and below 1."
     for name in ("lr", "norm_epsilon", "adam_eps", "rotary_base", "rotary_percent"):
         if not 0 < values[name] < math.inf:
-            yield f"{_flag(name)} {values[name]}: must be above 0."
+            yield f"{flag_of(name)} {values[name]}: must be above 0."
     if not 0 <= values["lr_warmup_fraction"] <= 1:
         yield f"--lr-warmup-fraction {values['lr_warmup_fraction']}: must be from 0 to 1."
-
-
-def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The number of ranks, and layouts that are not there yet."""
-    parallel = config.parallel
-    sizes = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    if min(sizes) >= 1 and world_size % math.prod(sizes):
-        yield (
-            "--tensor-model-parallel-size x --pipeline-model-parallel-size x "
-            f"--context-parallel-size = {' x '.join(map(str, sizes))} = {math.prod(sizes)} does "
-            f"not divide the {world_size} ranks that were started (torchrun --nproc-per-node)."
-        )
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size <= 1:
-        yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2."
-    if parallel.overlap_param_gather and not (
-        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
-    ):
-        yield (
-            "--overlap-param-gather needs --use-distributed-optimizer (else every rank has all "
-            "weights) and --overlap-grad-reduce."
-        )
-    if parallel.pipeline_model_parallel_size == 1:
-        for name in (
-            "num_virtual_stages_per_pipeline_rank",
-            "decoder_first_pipeline_num_layers",
-            "decoder_last_pipeline_num_layers",
-            "overlap_p2p_communication",
-        ):
-            if getattr(parallel, name) not in (1, None, False):
-                yield f"{_flag(name)} needs --pipeline-model-parallel-size of at least 2."
 
 
 def _shape(model: ModelConfig) -> Iterator[str]:
@@ -203,69 +156,6 @@ def _shape(model: ModelConfig) -> Iterator[str]:
                 f"--rotary-percent {model.rotary_percent}: rotates {rotated:g} of the "
                 f"{model.kv_channels} channels of a head; it must be an even number, at least 2."
             )
-
-
-def _shards(config: RunConfig) -> Iterator[str]:
-    """What tensor and sequence parallelism cut into equal parts."""
-    model, size = config.model, config.parallel.tensor_model_parallel_size
-    divided = {
-        "--num-attention-heads": model.num_attention_heads,
-        "--num-query-groups": model.num_query_groups,
-        "--ffn-hidden-size": model.ffn_hidden_size,
-    }
-    if model.vocab_size is not None:
-        divided["the padded vocabulary (--make-vocab-size-divisible-by)"] = padded_vocab_size(model)
-    for name, value in divided.items():
-        assert value is not None
-        if value % size:
-            yield f"{name} {value}: not a multiple of --tensor-model-parallel-size {size}."
-    yield from _sequence_shards(config)
-    yield from _layer_split(config)
-
-
-def _sequence_shards(config: RunConfig) -> Iterator[str]:
-    """The sequence over context-parallel ranks, and each shard over tensor-parallel ones."""
-    parallel, length = config.parallel, config.data.seq_length
-    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    multiple, why = 1, []
-    if context > 1:
-        multiple, why = 2 * context, [f"2 x --context-parallel-size {context}"]
-    if parallel.sequence_parallel:
-        multiple = math.lcm(multiple, context * tensor)
-        why.append(f"--tensor-model-parallel-size {tensor} of each shard (--sequence-parallel)")
-    if length % multiple:
-        nearest = max(multiple, length // multiple * multiple)
-        yield (
-            f"--seq-length {length}: not a multiple of {multiple}, as {' and '.join(why)} need. "
-            f"The nearest that works is {nearest}."
-        )
-
-
-def _layer_split(config: RunConfig) -> Iterator[str]:
-    """Layers over pipeline ranks and their virtual stages."""
-    parallel, num_layers = config.parallel, config.model.num_layers
-    num_ranks = parallel.pipeline_model_parallel_size
-    num_chunks = parallel.num_virtual_stages_per_pipeline_rank
-    if num_ranks == 1:
-        return
-    ends = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
-    given = [layers for layers in ends if layers is not None]
-    left, ranks_left = num_layers - sum(given), num_ranks - len(given)
-    share = left / ranks_left if ranks_left else 0
-    if left < ranks_left or left % max(ranks_left, 1) or (not ranks_left and left):
-        uneven = "what --decoder-first/last-pipeline-num-layers leave of " if given else ""
-        works = [p for p in range(num_ranks, 0, -1) if num_layers % p == 0][0]
-        yield (
-            f"--num-layers {num_layers}: {uneven}the layers cannot be shared equally by "
-            f"{ranks_left} of {num_ranks} pipeline ranks. --pipeline-model-parallel-size {works} "
-            "works without uneven ends; or give --decoder-first-pipeline-num-layers and "
-            "--decoder-last-pipeline-num-layers so that the rest is a multiple."
-        )
-    elif any(layers % num_chunks for layers in [*given, *([share] if ranks_left else [])]):
-        yield (
-            f"--num-virtual-stages-per-pipeline-rank {num_chunks}: does not divide the layers of "
-            f"every pipeline rank ({', '.join(f'{n:g}' for n in sorted({*given, share} - {0}))})."
-        )
 
 
 def _vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
@@ -290,28 +180,6 @@ def _method(config: RunConfig) -> Iterator[str]:
         yield (
             f"--min-jacobi-iterations {method.min_jacobi_iterations} is above "
             f"--max-jacobi-iterations {method.max_jacobi_iterations}."
-        )
-
-
-def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The global batch over ranks and micro-batches."""
-    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
-    replicas = data_parallel_size(config, world_size)
-    assert whole is not None
-    if whole % (micro * replicas):
-        yield (
-            f"--global-batch-size {whole}: not a multiple of --micro-batch-size {micro} x "
-            f"{replicas} data-parallel ranks."
-        )
-        return
-    num_microbatches = whole // (micro * replicas)
-    num_stages = config.parallel.pipeline_model_parallel_size
-    if num_microbatches % num_stages:
-        nearest = math.ceil(num_microbatches / num_stages) * num_stages * micro * replicas
-        yield (
-            f"--global-batch-size {whole}: gives each pipeline {num_microbatches} micro-batches, "
-            f"which must be a multiple of --pipeline-model-parallel-size {num_stages}. The next "
-            f"that works is {nearest}."
         )
 
 
@@ -349,7 +217,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield "give either --data-path or --train-data-path and its siblings, not both."
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         if problem := _blend_problem(getattr(data, name)):
-            yield f"{_flag(name)} {' '.join(getattr(data, name))}: {problem}"
+            yield f"{flag_of(name)} {' '.join(getattr(data, name))}: {problem}"
     shares = data.split.split(",")
     if len(shares) != 3 or not all(_is_number(s) for s in shares) or sum(map(float, shares)) <= 0:
         yield f"--split {data.split}: must be three shares that are not all 0, e.g. 969,30,1."
@@ -382,7 +250,3 @@ def _is_number(text: str) -> bool:
         return 0 <= float(text) < math.inf
     except ValueError:
         return False
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

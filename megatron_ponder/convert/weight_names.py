@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from megatron_ponder.config.resolve import padded_vocab_size
+from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.errors import ConversionError
 

@@ -152,5 +152,7 @@ class RotarySelfAttention(SelfAttention):
             query, key, value = split_and_rotate(
                 mixed, rotary_pos_emb, self.hidden_size_per_attention_head
             )
-        context = self.core_attention(query, key, value, attention_mask=None)
+        context = self.core_attention(
+            query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.causal
+        )
         return self.linear_proj(keep_stages(context, attention_mask))

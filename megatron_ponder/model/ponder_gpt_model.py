@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ponder.config.resolve import padded_vocab_size
+from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.kernels.rotary import rotary_table
 from megatron_ponder.model.context_parallel import local_shard

@@ -15,8 +15,8 @@ that is computed twice to save memory. Causal attention is counted as half of th
 what an ideal kernel does; a kernel that computes the whole square gets no credit for it. In the
 last layer, slots that nobody reads are counted up to the attention: that is what is run.
 
-The backward of a matrix product is two products of the same size: a training step is three times
-its forward (`train.metrics.FLOPS_PER_FORWARD_FLOP`).
+The backward of a matrix product is two products of the same size: in training a pass with a
+gradient costs three times its forward, one without its forward only (`FlopCounts.training`).
 """
 
 import dataclasses
@@ -53,6 +53,8 @@ class PassFlops:
     """Causal attention, half of the square."""
     head: int
     """Output layer; 0 in all passes but the last."""
+    has_grad: bool
+    """Whether the backward goes through the pass."""
 
     @property
     def total(self) -> int:
@@ -71,6 +73,11 @@ class FlopCounts:
     def total(self) -> int:
         """All passes."""
         return sum(p.total for p in self.passes)
+
+    @property
+    def training(self) -> int:
+        """Forward and backward of all passes; nothing that is recomputed is counted again."""
+        return sum((3 if p.has_grad else 1) * p.total for p in self.passes)
 
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:
@@ -122,6 +129,7 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
                 linear=2 * ((model.num_layers - 1) * slots * sum(weights) + last_layer),
                 attention=model.num_layers * 2 * slots**2 * attention_width,
                 head=head if plan.is_last(pass_) else 0,
+                has_grad=plan.has_grad(pass_),
             )
         )
     return FlopCounts(passes=tuple(passes))

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.errors import BackendError
 from megatron_ponder.model.attention import RotarySelfAttention, SdpaCoreAttention
 from megatron_ponder.model.layer import (
     ParallelResidualLayer,
@@ -16,6 +18,7 @@ from megatron_ponder.model.layer import (
 )
 from megatron_ponder.model.mlp import SwigluMLP
 from megatron_ponder.model.norm import Norm
+from megatron_ponder.runtime.capabilities import has_transformer_engine
 
 
 def layer_spec(config: RunConfig) -> ModuleSpec:
@@ -38,7 +41,7 @@ def layer_spec(config: RunConfig) -> ModuleSpec:
                 module=RotarySelfAttention,
                 params=attention.params,
                 submodules=dataclasses.replace(
-                    attention.submodules, core_attention=SdpaCoreAttention
+                    attention.submodules, core_attention=_core_attention(config)
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -50,6 +53,31 @@ def layer_spec(config: RunConfig) -> ModuleSpec:
             },
         ),
     )
+
+
+def _core_attention(config: RunConfig) -> type[torch.nn.Module]:
+    """Our attention, or TransformerEngine's ring where ranks share a sequence.
+
+    The ring shards a sequence as we do, so nothing else changes; its fused kernels need bf16.
+
+    Raises:
+        BackendError: the ring was asked for and is not there.
+    """
+    wanted = config.parallel.context_parallel_attention
+    if config.parallel.context_parallel_size == 1 or wanted == "gather":
+        return SdpaCoreAttention
+    if not has_transformer_engine():
+        if wanted == "transformer_engine":
+            raise BackendError(
+                "--context-parallel-attention transformer_engine needs a CUDA device and "
+                "TransformerEngine, and one of them is missing here. Use auto or gather."
+            )
+        return SdpaCoreAttention
+    if wanted == "auto" and not config.training.bf16:
+        return SdpaCoreAttention
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention
 
 
 def _gated(mlp: Any) -> Any:

@@ -67,12 +67,6 @@ class ParallelModel:
                 stack.enter_context(chunk.no_sync())
             yield
 
-    def gather_parameters(self) -> None:
-        """Complete the weights where their gathering is left to the next forward."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-
 
 def build_parallel_model(config: RunConfig) -> ParallelModel:
     """This rank's part of a resolved run's model, with initial weights.
@@ -126,9 +120,9 @@ def check_hook_counts(config: RunConfig, method: Method) -> None:
     if len(counts) > 1:
         why = "--pipeline-model-parallel-size" if pipelined else "--recompute-granularity"
         raise ConfigError(
-            f"--overlap-grad-reduce with {why} and a random R: reduction would start when a "
-            "gradient has as many parts as in the first step, but steps have from "
-            f"{min(counts)} to {max(counts)}, and gradients would be silently wrong. Leave "
-            "--overlap-grad-reduce out, or fix R (no --random-jacobi-iterations), or fix the "
-            "number of passes with a gradient (--jacobi-grad-passes)."
+            f"--overlap-grad-reduce with {why} and a random R: reduction starts when a gradient "
+            "has as many parts as in the first step. Steps here have from "
+            f"{min(counts)} to {max(counts)} passes with a gradient, so it could start before a "
+            "gradient is complete, or never. Leave --overlap-grad-reduce out, or fix R (no "
+            "--random-jacobi-iterations), or fix the passes with a gradient (--jacobi-grad-passes)."
         )

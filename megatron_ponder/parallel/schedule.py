@@ -78,41 +78,58 @@ def run_microbatches(
         "forward_only": forward_only,
         "pg_collection": process_groups(),
     }
-    num_pipeline_stages = ranks().pipeline_parallel_size
-    if num_pipeline_stages == 1:
-        (chunk,) = model.chunks
-        losses = forward_backward_no_pipelining(
-            model=_Scheduled(config, chunk, plan, None), data_iterator=prepared, **common
-        )
-        return _total(losses)
+    if ranks().pipeline_parallel_size > 1:
+        return _run_pipeline(config, model, plan, prepared, overlap_p2p_communication, common)
+    (chunk,) = model.chunks
+    scheduled = _Scheduled(config, chunk, plan, None)
+    return _total(forward_backward_no_pipelining(model=scheduled, data_iterator=prepared, **common))
 
+
+def _run_pipeline(
+    config: TransformerConfig,
+    model: ParallelModel,
+    plan: PassPlan,
+    prepared: Iterator[Batch],
+    overlaps: bool,
+    common: dict[str, Any],
+) -> Tensor:
+    """Several pipeline stages: every pass is a chunk, and replays the same micro-batches.
+
+    A single chunk (vanilla) runs megatron-core's schedule for one, which starts its backward sooner
+    and has nothing to overlap.
+    """
     chunks = cut_into_chunks(plan, len(model.chunks))
     scheduled = [_Scheduled(config, model.chunks[c.layer_chunk], plan, c.pass_) for c in chunks]
-    micro_batches = [next(prepared) for _ in range(num_microbatches)]
-    replays = [iter(micro_batches) for _ in chunks]
-    if len(chunks) > 1:
-        config.virtual_pipeline_model_parallel_size = len(chunks)
-        config.microbatch_group_size_per_vp_stage = num_pipeline_stages
-        config.overlap_p2p_comm = overlap_p2p_communication
-        config.batch_p2p_comm = not overlap_p2p_communication
-    else:
-        config.virtual_pipeline_model_parallel_size = None
-    num_sequence_shards = ranks().tensor_parallel_size if config.sequence_parallel else 1
+    micro_batches = [next(prepared) for _ in range(common["num_microbatches"])]
+    here, interleaves = ranks(), len(chunks) > 1
+    config.virtual_pipeline_model_parallel_size = len(chunks) if interleaves else None
+    config.microbatch_group_size_per_vp_stage = here.pipeline_parallel_size
+    config.overlap_p2p_comm = overlaps and interleaves
+    config.batch_p2p_comm = not config.overlap_p2p_comm
+    num_shards = here.context_parallel_size
+    if config.sequence_parallel:
+        num_shards *= here.tensor_parallel_size
     communicator = PassCommunicator(
         config,
         chunks,
-        num_microbatches=num_microbatches,
-        num_tokens_local=seq_length // (ranks().context_parallel_size * num_sequence_shards),
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
+        num_microbatches=common["num_microbatches"],
+        num_tokens_local=common["seq_length"] // num_shards,
+        micro_batch_size=common["micro_batch_size"],
+        forward_only=common["forward_only"],
     )
-    if len(chunks) > 1:
+    if interleaves:
         losses = forward_backward_pipelining_with_interleaving(
-            model=scheduled, data_iterator=replays, p2p_communicator=communicator, **common
+            model=scheduled,
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            p2p_communicator=communicator,
+            **common,
         )
     else:
         losses = forward_backward_pipelining_without_interleaving(
-            model=scheduled[0], data_iterator=replays[0], p2p_communicator=communicator, **common
+            model=scheduled[0],
+            data_iterator=iter(micro_batches),
+            p2p_communicator=communicator,
+            **common,
         )
     communicator.finish()
     return _total(losses)

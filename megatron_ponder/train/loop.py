@@ -142,7 +142,6 @@ def _save(config: RunConfig, trainee: Trainee, progress: Progress) -> None:
     if progress.updates == 0:
         logger.warning("nothing to save: no update was made yet")
         return
-    trainee.model.gather_parameters()
     save_checkpoint(
         config,
         chunks=trainee.model.chunks,

@@ -3,7 +3,7 @@
 The log line carries Megatron-LM's field names, so that tools that parse its logs parse ours. Loss
 and R are means over the iterations since the last line; gradient norm and learning rate are those
 of the last one; times and rates leave evaluation and saving out. FLOPs are those of the passes that
-were really run, three times the forward's (backward = 2 forwards); recomputation is not counted.
+were really run, forward and backward (`model.size`); recomputation is not counted.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.ponder.method import Method
+from megatron_ponder.ponder.schedule import training_plan
 from megatron_ponder.runtime.distributed import ranks
 from megatron_ponder.runtime.peak_flops import peak_tflops
 from megatron_ponder.train.evaluation import Evaluation
@@ -27,8 +28,6 @@ from megatron_ponder.train.step import StepResult
 
 logger = logging.getLogger(__name__)
 
-FLOPS_PER_FORWARD_FLOP = 3
-"""Training: the backward is two more forwards."""
 KIB_PER_GIB = 1 << 20
 BYTES_PER_GIB = 1 << 30
 
@@ -148,11 +147,11 @@ class Reporter:
 
     def _count_iteration_flops(self, num_jacobi_iterations: int) -> float:
         """FLOPs of one iteration over all devices."""
-        plan = self._method.plan(num_jacobi_iterations)
+        plan = training_plan(self._method, num_jacobi_iterations)
         config = self._config
-        per_sequence = forward_flops(config.model, plan, config.data.seq_length).total
+        per_sequence = forward_flops(config.model, plan, config.data.seq_length).training
         assert config.training.global_batch_size is not None
-        return float(FLOPS_PER_FORWARD_FLOP * per_sequence * config.training.global_batch_size)
+        return float(per_sequence * config.training.global_batch_size)
 
 
 def peak_memory_gib() -> float:

@@ -30,6 +30,7 @@ from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import build_parallel_model
 from megatron_ponder.parallel.schedule import Batch
+from megatron_ponder.ponder.schedule import training_plan
 from megatron_ponder.runtime.device import device
 from megatron_ponder.runtime.distributed import (
     is_rank_zero,
@@ -38,7 +39,7 @@ from megatron_ponder.runtime.distributed import (
     world_size_from_environment,
 )
 from megatron_ponder.train.loop import Batches, TrainingData, train
-from megatron_ponder.train.metrics import FLOPS_PER_FORWARD_FLOP, Reporter
+from megatron_ponder.train.metrics import Reporter
 from megatron_ponder.train.sinks import open_sinks
 from megatron_ponder.train.step import Trainee
 
@@ -173,13 +174,16 @@ def _describe(config: RunConfig, trainee: Trainee) -> None:
         torch.__version__,
         platform.python_version(),
     )
+    if here.context_parallel_size > 1:
+        attention = trainee.model.modules[0].decoder.layers[0].self_attention.core_attention
+        logger.info("attention over shared sequences: %s", type(attention).__name__)
     counts = count_parameters(config.model)
     logger.info(
         "parameters: %s", ", ".join(f"{k} {v:,}" for k, v in dataclasses.asdict(counts).items())
     )
     method, seq_length = trainee.model.method, config.data.seq_length
-    plan = method.plan(config.method.num_jacobi_iterations)
-    flops = FLOPS_PER_FORWARD_FLOP * forward_flops(config.model, plan, seq_length).total
+    plan = training_plan(method, config.method.num_jacobi_iterations)
+    flops = forward_flops(config.model, plan, seq_length).training
     assert training.global_batch_size is not None
     logger.info(
         "%d passes at R = %d, %.4g training FLOPs per token; %d tokens per iteration",

@@ -111,18 +111,33 @@ def _signal_rank(torchrun_pid: int, rank: int) -> None:
     raise AssertionError(f"torchrun has no rank {rank}")
 
 
-def test_a_checkpoint_of_one_process_goes_on_under_tensor_parallelism(
-    data_path: str, tmp_path: Path
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PIPELINE = {"pipeline_model_parallel_size": 2, "overlap_p2p_communication": True}
+SHARED_SEQUENCES = {"context_parallel_size": 2, "recompute_granularity": "pass"}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [(2, TENSOR), (4, PIPELINE | SHARED_SEQUENCES)],
+    ids=["tensor", "pipeline and context"],
+)
+def test_a_checkpoint_of_one_process_goes_on_in_another_layout(
+    num_ranks: int, layout: dict, data_path: str, tmp_path: Path
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+    """With the losses of the one process, in training and in evaluation."""
+    one, other = tmp_path / "one", tmp_path / "other"
     settings = {**RANDOM_R, "data_path": data_path, "train_iters": 12, "save_interval": 6}
+    settings["eval_interval"] = 9
     assert run_main(flags(**settings, save=one))[0] == 0
-    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    torchrun(2, flags(**settings, **layout, load=one, ckpt_step=6, save=two))
-    expected, actual = losses(one), losses(two)
+    torchrun(num_ranks, flags(**settings, **layout, load=one, ckpt_step=6, save=other))
+    expected, actual = losses(one), losses(other)
     assert list(actual) == list(range(7, 13))
     for iteration, loss in actual.items():
         assert loss == pytest.approx(expected[iteration], abs=1e-5)
+    evaluations = zip(records(other, "valid"), records(one, "valid"), strict=True)
+    for here, there in evaluations:
+        assert here["lm_loss"] == pytest.approx(there["lm_loss"], abs=1e-5)
+        assert here["num_tokens"] == there["num_tokens"]
 
 
 def test_everything_a_single_process_leaves(data_path: str, tmp_path: Path) -> None:

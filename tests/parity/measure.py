@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from megatron_ponder.checkpoint.state import complete_parameters
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.build import build_model, build_model_chunks
 from megatron_ponder.model.context_parallel import gather_sequence
@@ -46,6 +47,9 @@ def measure(
     tokens: Tensor,
     num_steps: int,
     fault: str | None = None,
+    *,
+    jacobi_iterations: tuple[int, ...] = (),
+    loss_mask: Tensor | None = None,
 ) -> Measured:
     """Load weights, run `num_steps` AdamW steps on one batch, collect everything.
 
@@ -55,6 +59,8 @@ def measure(
         tokens: int64 [global batch, s + 1].
         num_steps: optimizer steps.
         fault: name of a planted fault (tests.parity.faults), for tests of the tests.
+        jacobi_iterations: R of each step; by default the config's.
+        loss_mask: fp32 [global batch, s]; by default every token counts.
     """
     from tests.parity.faults import FAULTS
 
@@ -72,14 +78,16 @@ def measure(
     for step in range(num_steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        result.losses.append(run_step(model, config, tokens, plan))
+        if jacobi_iterations:
+            plan = training_plan(model.method, jacobi_iterations[step])
+        result.losses.append(run_step(model, config, tokens, plan, loss_mask))
         if step == 0:
             result.gradients = gather_gradients(model)
         success, grad_norm, _ = optimizer.step()
         assert success
         result.grad_norms.append(float(grad_norm))
         scheduler.step(increment=1)
-    model.gather_parameters()
+    complete_parameters(model.chunks)
     result.weights = gather_weights(model)
     distributed.leave_layout()
     return result

@@ -1,15 +1,45 @@
-"""Prints the table of docs/parallelism.md: python -m tests.parity.table (about two minutes).
+"""Fills the parity tables of docs/parallelism.md: python -m tests.parity.table (half an hour).
 
-The largest difference between each layout and one process, over all models, ranks and steps.
+Runs the whole matrix. Finished runs are kept in runs/parity.jsonl, so that it can be interrupted;
+delete the file to measure anew.
 """
 
+import importlib.metadata
+import json
 import tempfile
+import time
 from pathlib import Path
 
+import torch
+
+from tests.parity.layouts import (
+    LAYOUTS,
+    MODELS,
+    RECOMPUTE,
+    Layout,
+    measure_layout,
+    prepare_checkpoints,
+)
 from tests.parity.measure import Measured
-from tests.parity.test_layouts import LAYOUTS, MODELS, config_of, measure_models, write_checkpoints
-from tests.parity.tolerances import largest_difference
-from tests.ranks import run_ranks
+from tests.parity.tolerances import (
+    GRAD_NORM_RELATIVE,
+    GRADIENT_RELATIVE,
+    LOGITS_ABSOLUTE,
+    LOSS_ABSOLUTE,
+    WEIGHTS_ABSOLUTE,
+    largest_difference,
+)
+
+DOCUMENT = Path("docs/parallelism.md")
+KEPT = Path("runs/parity.jsonl")
+BEGIN, END = "<!-- parity tables: begin -->\n", "<!-- parity tables: end -->"
+TOLERANCES = (
+    LOGITS_ABSOLUTE,
+    LOSS_ABSOLUTE,
+    GRAD_NORM_RELATIVE,
+    GRADIENT_RELATIVE,
+    WEIGHTS_ABSOLUTE,
+)
 
 
 def differences(actual: Measured, expected: Measured) -> list[float]:
@@ -31,21 +61,98 @@ def differences(actual: Measured, expected: Measured) -> list[float]:
     ]
 
 
-def main() -> None:
-    """Measure and print."""
+def run_matrix() -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Differences by layout, recomputation and model; each the largest over ranks."""
+    found: dict = {name: {} for name in LAYOUTS}
+    KEPT.parent.mkdir(exist_ok=True)
+    for line in KEPT.read_text().splitlines() if KEPT.exists() else []:
+        run = json.loads(line)
+        found[run["layout"]][run["recompute"]] = run["differences"]
+    todo = [(n, r) for n in LAYOUTS for r in RECOMPUTE if r not in found[n]]
     with tempfile.TemporaryDirectory() as folder:
-        for model in MODELS:
-            (Path(folder) / model).mkdir()
-        single = {model: config_of(model, {}, 1) for model in MODELS}
-        run_ranks(write_checkpoints, 1, single, folder)
-        (truth,) = run_ranks(measure_models, 1, single, folder)
-        for name, layout in LAYOUTS.items():
-            size = layout.world_size
-            runs = {model: config_of(model, layout.settings, size) for model in MODELS}
-            by_rank = run_ranks(measure_models, size, runs, folder)
-            found = [differences(m[model], truth[model]) for m in by_rank for model in MODELS]
-            worst = [max(column) for column in zip(*found, strict=True)]
-            print(f"| {name} | {size} | " + " | ".join(f"{v:.1e}" for v in worst) + " |")
+        prepare_checkpoints(Path(folder))
+        truth = measure_layout(Layout(1, {}), list(MODELS), folder)[0]
+        start_s = time.monotonic()
+        for position, (name, recompute) in enumerate(todo):
+            layout = LAYOUTS[name]
+            settings = layout.settings | RECOMPUTE[recompute]
+            by_rank = measure_layout(Layout(layout.world_size, settings), list(MODELS), folder)
+            cell = {
+                model: [
+                    max(column)
+                    for column in zip(
+                        *(differences(m[model], truth[model]) for m in by_rank), strict=True
+                    )
+                ]
+                for model in MODELS
+            }
+            found[name][recompute] = cell
+            with KEPT.open("a") as kept:
+                record = {"layout": name, "recompute": recompute, "differences": cell}
+                kept.write(json.dumps(record) + "\n")
+            each_s = (time.monotonic() - start_s) / (position + 1)
+            left_s = each_s * (len(todo) - position - 1)
+            print(f"{name}, recompute {recompute} ({left_s / 60:.0f} min left)", flush=True)
+    return found
+
+
+def worst_table(found: dict) -> list[str]:
+    """Per layout the largest differences over all models and recomputations."""
+    lines = [
+        "| layout | ranks | logits | loss (5 steps) | gradient norm, relative "
+        "| gradients, relative to the largest entry | weights after 5 steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, by_recompute in found.items():
+        runs = [cell for by_model in by_recompute.values() for cell in by_model.values()]
+        worst = [max(column) for column in zip(*runs, strict=True)]
+        figures = " | ".join(f"{v:.1e}" if v else "0" for v in worst)
+        lines.append(f"| {name} | {LAYOUTS[name].world_size} | {figures} |")
+    return lines
+
+
+def cell_table(found: dict) -> list[str]:
+    """Per layout and model three cells: nothing, layers, passes recomputed."""
+    lines = [
+        "| layout | " + " | ".join(MODELS) + " |",
+        "|---" * (1 + len(MODELS)) + "|",
+    ]
+    for name, by_recompute in found.items():
+        cells = [
+            " ".join(_share_of_tolerance(by_recompute[r][model]) for r in RECOMPUTE)
+            for model in MODELS
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _share_of_tolerance(values: list[float]) -> str:
+    """The largest of the five differences, each in percent of what is allowed."""
+    return f"{100 * max(v / t for v, t in zip(values, TOLERANCES, strict=True)):.0f}"
+
+
+def main() -> None:
+    """Measure, and rewrite the part of the document between the marks."""
+    found = run_matrix()
+    versions = (
+        f"megatron-core {importlib.metadata.version('megatron-core')}, torch {torch.__version__}, "
+        f"CPU, fp32, {time.strftime('%Y-%m-%d')}"
+    )
+    lines = [
+        f"Largest differences over all models, recomputations and ranks ({versions}):",
+        "",
+        *worst_table(found),
+        "",
+        "Every cell of the matrix: the largest of the five differences in percent of what is "
+        "allowed, with nothing, layers (`full`) and passes (`pass`) recomputed:",
+        "",
+        *cell_table(found),
+        "",
+    ]
+    text = DOCUMENT.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    DOCUMENT.write_text(before + BEGIN + "\n".join(lines) + END + after)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ GLOBAL_BATCH_SIZE = 4
 
 
 def small_config(world_size: int = 1, **changes: object) -> RunConfig:
-    """Two layers, with all that a checkpoint has to reshard: gated MLP, query groups."""
+    """Four layers, with all that a checkpoint has to reshard: gated MLP, query groups."""
     settings: dict[str, object] = {
-        "num_layers": 2,
+        "num_layers": 4,
         "hidden_size": 32,
         "ffn_hidden_size": 48,
         "num_attention_heads": 4,
@@ -35,7 +35,7 @@ def small_config(world_size: int = 1, **changes: object) -> RunConfig:
         "make_vocab_size_divisible_by": 8,
         "seq_length": SEQ_LENGTH,
         "tokenizer_type": "NullTokenizer",
-        "micro_batch_size": 2,
+        "micro_batch_size": 1,
         "global_batch_size": GLOBAL_BATCH_SIZE,
         "data_path": ("unused",),
         "lr": 1e-2,

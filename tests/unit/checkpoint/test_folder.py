@@ -129,7 +129,7 @@ def test_a_config_of_another_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"num_layers": 3}, "num_layers: 2 in the checkpoint, 3 now"),
+        ({"num_layers": 3}, "num_layers: 4 in the checkpoint, 3 now"),
         ({"hidden_size": 64, "kv_channels": 8}, "hidden_size: 32 in the checkpoint, 64 now"),
         ({"vocab_size": 70}, "padded vocabulary (vocab_size): 64 in the checkpoint, 72 now"),
         ({"normalization": "LayerNorm"}, "normalization: RMSNorm in the checkpoint, LayerNorm now"),

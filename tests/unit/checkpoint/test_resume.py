@@ -15,6 +15,18 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 DIST_OPT = {"use_distributed_optimizer": True}
 BF16 = {"bf16": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+VP2 = {"num_virtual_stages_per_pipeline_rank": 2}
+CP2 = {"context_parallel_size": 2}
+OVERLAP = DIST_OPT | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+GPT2 = {
+    "architecture": "gpt2",
+    "normalization": "LayerNorm",
+    "activation": "gelu_tanh",
+    "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute",
+    "untie_embeddings_and_output_weights": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +46,16 @@ LAYOUTS = {
     "tp2 sp": Layout(2, TP2 | SP),
     "dp2": Layout(2, {}),
     "dp2 dist": Layout(2, DIST_OPT),
+    "dp2 overlap": Layout(2, OVERLAP),
     "dp2 bf16": Layout(2, BF16),
     "dp2 bf16 dist": Layout(2, BF16 | DIST_OPT),
     "tp2 dp2 dist": Layout(4, TP2 | DIST_OPT),
+    "pp2": Layout(2, PP2),
+    "pp2 vp2": Layout(2, PP2 | VP2),
+    "pp2 vp2 dp2 dist": Layout(4, PP2 | VP2 | DIST_OPT),
+    "pp2 dp2 bf16 dist": Layout(4, PP2 | BF16 | DIST_OPT),
+    "cp2 dist": Layout(2, CP2 | DIST_OPT),
+    "tp2 sp pp2": Layout(4, TP2 | SP | PP2),
 }
 
 
@@ -50,7 +69,19 @@ def _run(function, layout: str, folder: Path, last: int, **changes: object) -> d
 
 
 @pytest.mark.parametrize(
-    "layout", ["one", "one bf16", "dp2", "dp2 dist", "dp2 bf16 dist", "tp2 sp", "tp2 dp2 dist"]
+    "layout",
+    [
+        "one",
+        "one bf16",
+        "dp2",
+        "dp2 dist",
+        "dp2 bf16 dist",
+        "tp2 sp",
+        "tp2 dp2 dist",
+        "pp2 vp2 dp2 dist",
+        "cp2 dist",
+        "dp2 overlap",
+    ],
 )
 def test_resume_is_exact_on_one_layout(layout: str, tmp_path: Path) -> None:
     whole = _run(save_midway, layout, tmp_path, LAST)
@@ -65,17 +96,36 @@ def test_resume_is_exact_on_one_layout(layout: str, tmp_path: Path) -> None:
     ("before", "after"),
     [
         ("one", "tp2"),
+        ("dp2 overlap", "one"),
         ("one", "dp2 dist"),
         ("tp2", "one"),
         ("dp2 dist", "one"),
         ("dp2 dist", "tp2 dp2 dist"),
         ("dp2 bf16 dist", "one bf16"),
         ("one bf16", "dp2 bf16 dist"),
+        ("one", "pp2 vp2 dp2 dist"),
+        ("pp2 vp2 dp2 dist", "tp2 sp pp2"),
+        ("tp2 sp pp2", "cp2 dist"),
+        ("cp2 dist", "pp2"),
+        ("pp2", "dp2 dist"),
+        ("pp2 dp2 bf16 dist", "one bf16"),
     ],
 )
 def test_another_layout_goes_on(before: str, after: str, tmp_path: Path) -> None:
-    whole = _run(save_midway, before, tmp_path, LAST)
-    resumed = _run(resume, after, tmp_path, LAST)
+    _check_that_it_goes_on(before, after, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("one", "pp2 vp2 dp2 dist"), ("pp2", "cp2 dist"), ("tp2 sp pp2", "one")]
+)
+def test_tied_embeddings_go_on(before: str, after: str, tmp_path: Path) -> None:
+    _check_that_it_goes_on(before, after, tmp_path, **GPT2)
+
+
+def _check_that_it_goes_on(before: str, after: str, folder: Path, **changes: object) -> None:
+    """One run saves and trains on; another layout loads and trains the same iterations."""
+    whole = _run(save_midway, before, folder, LAST, **changes)
+    resumed = _run(resume, after, folder, LAST, **changes)
     expected = [step.loss for step in whole["steps"]]
     losses = [step.loss for step in resumed["steps"]]
     is_bf16 = LAYOUTS[after].settings.get("bf16", False)

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
-from megatron_ponder.config.resolve import padded_vocab_size, resolve
+from megatron_ponder.config.layout import padded_vocab_size
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 
+PP2 = {"pipeline_model_parallel_size": 2, "global_batch_size": 2}
+UNEVEN = {"decoder_first_pipeline_num_layers": 3, "decoder_last_pipeline_num_layers": 12}
 BASE: dict[str, Any] = {"vocab_size": 1000, "data_path": ("data",)}
 
 
@@ -56,9 +59,40 @@ def test_given_values_stay() -> None:
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction 1.5"),
-        ({"pipeline_model_parallel_size": 2}, "pipeline-model-parallel-size 2: not supported"),
-        ({"context_parallel_size": 2}, "context-parallel-size 2: not supported"),
-        ({"tensor_model_parallel_size": 2}, "does not divide the 1 ranks"),
+        ({"tensor_model_parallel_size": 2}, "= 2 x 1 x 1 = 2 does not divide the 1 ranks"),
+        ({"world_size": 6, "context_parallel_size": 4}, "1 x 1 x 4 = 4 does not divide the 6"),
+        (
+            {"world_size": 5, "pipeline_model_parallel_size": 5, "global_batch_size": 5},
+            "cannot be shared equally by the pipeline ranks (5). --pipeline-model-parallel-size 4",
+        ),
+        (
+            {"world_size": 3, "pipeline_model_parallel_size": 3, **UNEVEN, "global_batch_size": 3},
+            "of which the ends take what they are given, cannot be shared equally",
+        ),
+        (
+            {"world_size": 2, **PP2, "num_virtual_stages_per_pipeline_rank": 4},
+            "--num-virtual-stages-per-pipeline-rank 4: does not divide the layers",
+        ),
+        (
+            {"world_size": 2, **PP2, "global_batch_size": 3},
+            "gives each pipeline 3 micro-batches, which must be a multiple of "
+            "--pipeline-model-parallel-size 2. The next that works is 4.",
+        ),
+        ({"num_virtual_stages_per_pipeline_rank": 2}, "needs --pipeline-model-parallel-size"),
+        ({"overlap_p2p_communication": True}, "needs --pipeline-model-parallel-size"),
+        ({"decoder_last_pipeline_num_layers": 3}, "needs --pipeline-model-parallel-size"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optim"),
+        (
+            {"world_size": 2, "context_parallel_size": 2, "seq_length": 126},
+            "--seq-length 126: not a multiple of 4, as 2 x --context-parallel-size 2 need. "
+            "The nearest that works is 124.",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_num_layers": 5},
+            "--recompute-num-layers 5: does not divide the layers that a rank computes in a row "
+            "(12). The nearest that works is 4.",
+        ),
+        ({"jacobi_grad_passes": 0}, "--jacobi-grad-passes 0: must be at least 1"),
         ({"world_size": 2, "sequence_parallel": True}, "--sequence-parallel needs"),
         ({"hidden_size": 770}, "--hidden-size 770: not a multiple of --num-attention-heads 12"),
         ({"num_query_groups": 5}, "not a multiple of --num-query-groups 5"),
@@ -78,7 +112,7 @@ def test_given_values_stay() -> None:
                 "sequence_parallel": True,
                 "seq_length": 127,
             },
-            "--seq-length (with --sequence-parallel) 127",
+            "--seq-length 127: not a multiple of 2",
         ),
         ({"vocab_size": None}, "--vocab-size must be given"),
         ({"tokenizer": 1001}, "vocabulary of 1001 is larger than the model's --vocab-size 1000"),

@@ -6,12 +6,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.presets import PRESETS
-from megatron_ponder.config.resolve import padded_vocab_size, resolve
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.build import build_model
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
+from megatron_ponder.ponder.schedule import training_plan
 from megatron_ponder.runtime import distributed
 from tests.parity.layouts import GPT2, LLAMA, MODELS, NEOX, SEQ_LENGTH, VANILLA, config_of
 from tests.ranks import run_ranks
@@ -95,6 +97,7 @@ FLOP_CASES = {
     "llama k1 r1, a head of its own width": LLAMA | ponderlm2(1, 1) | {"kv_channels": 6},
     "neox parallel k1 r2": NEOX | ponderlm2(1, 2) | {"parallel_residual": True},
     "gpt2 k2 r1": GPT2 | ponderlm2(2, 1),
+    "llama k1 r2, two passes with a gradient": LLAMA | ponderlm2(1, 2) | {"jacobi_grad_passes": 2},
 }
 
 
@@ -117,7 +120,7 @@ def counted_by_torch(names):
         config = flop_config(name)
         distributed.initialize(config.parallel, config.training.seed)
         model = build_model(config)
-        plan = model.method.plan(config.method.num_jacobi_iterations)
+        plan = training_plan(model.method, config.method.num_jacobi_iterations)
         tokens = torch.zeros(1, config.data.seq_length, dtype=torch.int64)
         counts[name] = []
         for backward in (False, True):
@@ -134,17 +137,21 @@ def counted_by_torch(names):
 
 
 def test_equals_torchs_counter():
-    """Exactly, with attention counted as half of torch's square; three times that with backward."""
+    """Exactly, with attention counted as half of torch's square; with the backward too."""
     (counted,) = run_ranks(counted_by_torch, 1, list(FLOP_CASES))
     for name, (forward, with_backward) in counted.items():
         config = flop_config(name)
-        plan = load_method(config.method).plan(config.method.num_jacobi_iterations)
+        plan = training_plan(load_method(config.method), config.method.num_jacobi_iterations)
         counts = forward_flops(config.model, plan, SEQ_LENGTH)
         linear = sum(p.linear + p.head for p in counts.passes)
         attention = sum(p.attention for p in counts.passes)
         assert forward == (linear, 2 * attention), name
-        assert with_backward == (3 * linear, 6 * attention), name
         assert counts.total == linear + attention
+        backward = [p for p in counts.passes if p.has_grad]
+        linear += 2 * sum(p.linear + p.head for p in backward)
+        attention += 2 * sum(p.attention for p in backward)
+        assert with_backward == (linear, 2 * attention), name
+        assert counts.training == linear + attention
 
 
 def test_cost_in_vanilla_forwards():
@@ -153,7 +160,7 @@ def test_cost_in_vanilla_forwards():
     vanilla = load_method(config_of("llama vanilla", {}, 1).method).plan(0)
     (one,) = forward_flops(config.model, vanilla, SEQ_LENGTH).passes
     thinking = forward_flops(config.model, load_method(config.method).plan(3), SEQ_LENGTH).passes
-    # 9 times the slots; in the last of two layers, behind the attention, only 5 are read.
+    # 9 times the slots; in the last layer, behind the attention, only 5 are read.
     model = config.model
     heads = model.num_attention_heads * model.kv_channels
     behind = 2 * SEQ_LENGTH * model.hidden_size * (heads + 3 * model.ffn_hidden_size)

@@ -108,7 +108,9 @@ def test_updates_are_torch_adamw(settings: dict) -> None:
     """With decay on matrices only; the gradient buffer holds what clipping left."""
     differences = run_ranks(_step_beside_torch, 1, settings)[0]
     assert len(differences) > 10
-    assert max(differences.values()) <= (1e-2 if settings.get("bf16") else 1e-7), differences
+    last_bit_of_a_weight_near_one = 1.2e-7
+    allowed = 1e-2 if settings.get("bf16") else last_bit_of_a_weight_near_one
+    assert max(differences.values()) <= allowed, differences
 
 
 def _norms(clip_grad: float) -> list[float]:
