@@ -7,7 +7,7 @@ gradients and weights; not counted are single numbers per token (the loss) or pe
 
 import dataclasses
 
-from megatron_ponder.config.resolve import data_parallel_size
+from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.memory import count_local_parameters

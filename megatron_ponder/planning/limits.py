@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_ponder.config.resolve import data_parallel_size, padded_vocab_size, resolve
+from megatron_ponder.config.layout import data_parallel_size, padded_vocab_size
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.planning.memory import stage_memory

@@ -15,7 +15,7 @@ framework itself (a CUDA context and libraries: about 1 GiB), data loading, eval
 
 import dataclasses
 
-from megatron_ponder.config.resolve import data_parallel_size
+from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.order import Pipeline

@@ -6,9 +6,11 @@ travel. Seconds are FLOPs over an assumed rate.
 """
 
 import dataclasses
+import statistics
 from typing import Any
 
-from megatron_ponder.config.resolve import data_parallel_size, resolve
+from megatron_ponder.config.layout import data_parallel_size
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import MethodConfig, RunConfig
 from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.model.size import count_parameters, forward_flops
@@ -19,7 +21,7 @@ from megatron_ponder.planning.options import PlanOptions
 from megatron_ponder.planning.order import Pipeline
 from megatron_ponder.planning.shards import layers_by_stage
 from megatron_ponder.planning.timeline import Timeline, equal_chunks_bubble, simulate
-from megatron_ponder.planning.work import BACKWARD_PER_FORWARD, chunk_flops
+from megatron_ponder.planning.work import chunk_flops
 from megatron_ponder.ponder.chunks import cut_into_chunks
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.plan import PassPlan
@@ -165,8 +167,9 @@ def _step(config: RunConfig, plan: PassPlan, num_microbatches: int) -> dict[str,
     training, seq_length = config.training, config.data.seq_length
     assert training.global_batch_size is not None
     plans = possible_plans(load_method(config.method))
-    per_sequence = [_training_flops(config, one) for one in plans]
-    forward = [forward_flops(config.model, one, seq_length).total for one in plans]
+    flops = [forward_flops(config.model, one, seq_length) for one in plans]
+    forward = statistics.fmean(one.total for one in flops)
+    both = statistics.fmean(one.training for one in flops)
     again = sum(map(sum, chunk_flops(config, plan).recomputed)) / training.micro_batch_size
     again *= config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
     tokens = training.global_batch_size * seq_length
@@ -174,21 +177,12 @@ def _step(config: RunConfig, plan: PassPlan, num_microbatches: int) -> dict[str,
         "sequences": training.global_batch_size,
         "tokens": tokens,
         "num_microbatches": num_microbatches,
-        "forward_flops_per_token": sum(forward) / len(forward) / seq_length,
-        "training_flops_per_token": sum(per_sequence) / len(per_sequence) / seq_length,
-        "training_flops": sum(per_sequence) / len(per_sequence) * training.global_batch_size,
+        "forward_flops_per_token": forward / seq_length,
+        "training_flops_per_token": both / seq_length,
+        "training_flops": both * training.global_batch_size,
         "recomputed_flops": again * training.global_batch_size,
         "run_tokens": tokens * training.train_iters,
     }
-
-
-def _training_flops(config: RunConfig, plan: PassPlan) -> float:
-    """Forward and backward of one sequence; passes without a gradient have no backward."""
-    flops = forward_flops(config.model, plan, config.data.seq_length).passes
-    return sum(
-        cost.total * (1 + (BACKWARD_PER_FORWARD if plan.has_grad(pass_) else 0))
-        for pass_, cost in zip(plan.passes, flops, strict=True)
-    )
 
 
 def _passes(config: RunConfig, plan: PassPlan) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_ponder.config.resolve import padded_vocab_size
+from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import RunConfig
 
 FP32_BYTES = 4
