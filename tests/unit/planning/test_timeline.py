@@ -53,6 +53,15 @@ def test_two_stages_by_hand() -> None:
     assert timeline.bubble == pytest.approx(1 - 16 / 26)
 
 
+def test_a_message_travels_once_it_is_asked_for() -> None:
+    """The second activation is sent at 2, but the second stage asks for it at 4.5 only."""
+    pipeline = Pipeline(num_stages=2, num_chunks=1, num_microbatches=2)
+    timeline = uniform(pipeline, 1.0, 2.0, latency_s=0.5)
+    second_stage = [(e.start_s, e.end_s) for e in timeline.events if e.stage == 1]
+    assert second_stage == [(1.5, 2.5), (2.5, 4.5), (5.0, 6.0), (6.0, 8.0)]
+    assert timeline.makespan_s == 8 + 0.5 + 2
+
+
 def test_latency_delays_and_overlap_hides_it() -> None:
     def makespan_s(overlap: bool, latency_s: float) -> float:
         pipeline = Pipeline(num_stages=2, num_chunks=4, num_microbatches=8, overlap=overlap)
