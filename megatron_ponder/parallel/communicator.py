@@ -21,23 +21,13 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ponder.ponder.chunks import Chunk
+from megatron_ponder.ponder.chunks import Chunk, max_sends_kept
 from megatron_ponder.runtime.distributed import backward_pipeline_group, process_groups
 
 Lengths = Iterator[int | None]
 """Slots per token of the messages to come; None for one that is never sent."""
 Sends = collections.deque[tuple[dist.Work, Tensor]]
 """Messages on their way, oldest first."""
-
-
-def max_sends_kept(num_stages: int, num_chunks: int) -> int:
-    """Messages of one direction that a stage may have on the way.
-
-    A stage is at most as many chunks of micro-batches ahead of its backward as megatron-core's
-    first stage has in its warm-up, 2 (p - 1) + (chunks - 1) p, and one. A message further back has
-    been received: without it the neighbour could not have sent what has come since.
-    """
-    return 2 * (num_stages - 1) + (num_chunks - 1) * num_stages + 1
 
 
 class PassCommunicator(P2PCommunicator):
