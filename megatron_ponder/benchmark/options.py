@@ -42,6 +42,31 @@ class TrainBenchmarkOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineBenchmarkOptions:
+    """How long to measure a pipeline, and what to draw."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    steps: int = 10
+    """Training steps that are timed; the fastest, which was disturbed least, is reported."""
+    warmup_steps: int = 1
+    """Steps before them, not timed."""
+    timeline: str | None = None
+    """PNG to draw the measured timeline of the fastest step into."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: a number too small.
+        """
+        for name in ("steps", "warmup_steps"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)}: must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PreprocessBenchmarkOptions:
     """What is tokenized, with what, how often."""
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.benchmark.options import PreprocessBenchmarkOptions, TrainBenchmarkOptions
+from megatron_ponder.benchmark.options import (
+    PipelineBenchmarkOptions,
+    PreprocessBenchmarkOptions,
+    TrainBenchmarkOptions,
+)
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
@@ -22,11 +26,14 @@ from megatron_ponder.inference.options import (
     GenerateOptions,
     SamplingOptions,
 )
+from megatron_ponder.planning.options import PlanOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
     TrainBenchmarkOptions,
     PreprocessBenchmarkOptions,
+    PipelineBenchmarkOptions,
+    PlanOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
     MergeConfig,
