@@ -30,6 +30,9 @@ from megatron_ponder.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+PAUSE_ID = 1
+"""Of the piece for the method pause, where one is reserved: the unused begin of sequences."""
+
 MAX_PIECE_BYTES = 4096
 """SentencePiece trains on short texts; documents are cut at line ends into pieces up to this."""
 
@@ -64,6 +67,9 @@ class TokenizerTrainingConfig:
     """Share of characters that get pieces of their own; the rest are spelt in bytes."""
     num_threads: int = os.cpu_count() or 1
     """Threads of the trainer."""
+    pause_piece: str | None = None
+    """Reserve a piece of this name, which no text gives, for the method pause. It takes the place
+    of the begin-of-sequence piece (id 1), which nothing here uses; no other id changes."""
     seed: int = 1234
     """Of the sample."""
     overwrite: bool = False
@@ -101,7 +107,8 @@ def train_sentencepiece(config: TokenizerTrainingConfig) -> None:
             max_sentence_length=2 * MAX_PIECE_BYTES,
             num_threads=config.num_threads,
             unk_id=0,
-            bos_id=1,
+            bos_id=PAUSE_ID,
+            bos_piece=config.pause_piece or "<s>",
             eos_id=2,
             pad_id=-1,
             minloglevel=2,

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ponder.config.schema import DataConfig
 from megatron_ponder.data.sentencepiece_training import (
+    PAUSE_ID,
     TokenizerTrainingConfig,
     sample_texts,
     train_sentencepiece,
@@ -203,3 +205,22 @@ def test_a_batch_gives_what_its_texts_give(tmp_path: Path, tokenizer_model: str)
         build("HuggingFaceTokenizer", folder),
     ):
         assert tokenizer.tokenize_batch(texts) == [tokenizer.tokenize(text) for text in texts]
+
+
+def test_a_reserved_pause_piece_changes_no_other_id(tmp_path: Path, tokenizer_model: str) -> None:
+    corpus = corpora.write_json_lines(tmp_path / "corpus.jsonl", corpora.texts())
+    models = []
+    for name, piece in (("plain", None), ("paused", "<pause>")):
+        output = str(tmp_path / f"{name}.model")
+        config = TokenizerTrainingConfig(
+            input=(corpus,), output=output, vocab_size=corpora.VOCAB_SIZE, pause_piece=piece
+        )
+        train_sentencepiece(config)
+        models.append(sentencepiece.SentencePieceProcessor(model_file=output))
+    plain, paused = models
+    assert paused.id_to_piece(PAUSE_ID) == "<pause>" and paused.is_control(PAUSE_ID)
+    for id_ in set(range(corpora.VOCAB_SIZE)) - {PAUSE_ID}:
+        assert paused.id_to_piece(id_) == plain.id_to_piece(id_)
+    for text in (*corpora.HARD_TEXTS, "<pause>", *corpora.texts(5)):
+        assert PAUSE_ID not in paused.encode(text)
+        assert paused.encode(text) == plain.encode(text)
