@@ -64,7 +64,7 @@ def benchmark_training(options: TrainBenchmarkOptions, config: RunConfig) -> dic
     config = resolve(config, world_size=1)
     names = ["ours"] if options.no_reference else ["ours", "reference"]
     rounds = _measure_in_turns(config, names, options)
-    result: dict[str, Any] = _environment(config)
+    result: dict[str, Any] = environment(config)
     for name in names:
         result[name] = _summary(config, rounds[name], options.steps)
     if not options.no_reference:
@@ -144,7 +144,7 @@ def _our_step(config: RunConfig) -> TrainStep:
         (model,) = trainee.model.modules
         model.load_state_dict(state, strict=False)
         trainee.optimizer.reload_model_params()
-    batches = _batches(config)
+    batches = random_batches(config)
 
     def step(iteration: int) -> float:
         return train_step(config, trainee, batches, iteration=iteration, wants_stop=False).loss
@@ -169,7 +169,7 @@ def _reference_step(config: RunConfig) -> TrainStep:
         eps=optim.adam_eps,
         fused=True,
     )
-    batches = _batches(config)
+    batches = random_batches(config)
     assert training.global_batch_size is not None
     num_microbatches = training.global_batch_size // training.micro_batch_size
 
@@ -201,7 +201,7 @@ def _has_reference(config: RunConfig) -> bool:
     return True
 
 
-def _batches(config: RunConfig) -> Iterator[Batch]:
+def random_batches(config: RunConfig) -> Iterator[Batch]:
     """Random tokens, the same for both sides."""
     generator = torch.Generator().manual_seed(config.training.seed)
     shape = (config.training.micro_batch_size, config.data.seq_length + 1)
@@ -237,7 +237,7 @@ def _summary(config: RunConfig, rounds: _Rounds, steps_per_round: int) -> dict[s
     }
 
 
-def _environment(config: RunConfig) -> dict[str, Any]:
+def environment(config: RunConfig) -> dict[str, Any]:
     """What the figures hold for."""
     is_cuda = device().type == "cuda"
     return {

@@ -247,6 +247,17 @@ def _data(config: RunConfig) -> Iterator[str]:
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         if problem := _blend_problem(getattr(data, name)):
             yield f"{flag_of(name)} {' '.join(getattr(data, name))}: {problem}"
+    for name in ("reset_position_ids", "reset_attention_mask"):
+        if getattr(data, name):
+            yield (
+                f"{flag_of(name)}: attention here sees the whole sequence, also documents before "
+                "and their thoughts, so that documents in a sequence cannot be kept apart. Leave "
+                "it out; --eod-mask-loss keeps a document's first token out of the loss."
+            )
+    if data.instruction_data and not data.eod_as_target:
+        yield "--no-eod-as-target: with --instruction-data a model must learn to end a response."
+    if data.multiple_validation_sets and not data.valid_data_path:
+        yield "--multiple-validation-sets needs --valid-data-path."
     shares = data.split.split(",")
     if len(shares) != 3 or not all(_is_number(s) for s in shares) or sum(map(float, shares)) <= 0:
         yield f"--split {data.split}: must be three shares that are not all 0, e.g. 969,30,1."

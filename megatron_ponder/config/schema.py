@@ -10,6 +10,10 @@ behind it never meets a `None` that it has to interpret. Checks across fields li
 import dataclasses
 from typing import Any, Literal
 
+TokenizerType = Literal[
+    "SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer"
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -175,13 +179,25 @@ class DataConfig:
     """Like --data-path, for the test after training only."""
     data_cache_path: str | None = None
     """Folder for sample and shuffle indexes. None: a folder 'cache' beside the first dataset."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = (
-        "SentencePieceTokenizer"
-    )
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
     """Kind of --tokenizer-model: a SentencePiece .model file, a tokenizers JSON file (or the folder
-    that holds one), or none (ids only; needs --vocab-size, whose last id ends documents)."""
+    that holds one), the JSON description of a tiktoken vocabulary, or none (ids only; needs
+    --vocab-size, whose last id ends documents)."""
     tokenizer_model: str | None = None
     """Path of the tokenizer."""
+    eod_mask_loss: bool = False
+    """Leave the token behind the end of a document out of the loss, as in Megatron-LM."""
+    eod_as_target: bool = True
+    """Learn to predict the end of a document. The paper's code never does: --no-eod-as-target."""
+    reset_position_ids: bool = False
+    """Not supported: positions run through a whole sequence of packed documents."""
+    reset_attention_mask: bool = False
+    """Not supported: attention sees the whole sequence, documents before included."""
+    instruction_data: bool = False
+    """The datasets were written with --instruction-data: conversations are packed whole, and only
+    responses take part in the loss."""
+    multiple_validation_sets: bool = False
+    """Evaluate on each dataset of --valid-data-path by itself, instead of on their blend."""
     seq_length: int = 2048
     """Tokens per training sequence (slots are K+1 times as many)."""
     num_workers: int = 2
@@ -265,6 +281,8 @@ class CheckpointConfig:
     """Load this iteration instead of the latest."""
     keep_checkpoints: int | None = None
     """Keep only the newest n checkpoints. None: all."""
+    override_data: bool = False
+    """Go on although data, blend, order, tokenizer or sequence length are not the checkpoint's."""
     finetune: bool = False
     """Load the weights only: iteration, optimizer, schedule, RNG and data position start afresh."""
 

@@ -16,13 +16,16 @@ SMALL = (
 ).split()
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+TIMED_RUN_TIMEOUT_S = 900
+
+
+def run(*arguments: str, timeout_s: float = LAUNCH_TIMEOUT_S) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools/benchmark.py"), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=LAUNCH_TIMEOUT_S,
+        timeout=timeout_s,
     )
 
 
@@ -43,10 +46,54 @@ def test_train(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+PIPELINE = (
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 "
+    "--vocab-size 512 --seq-length 128 --micro-batch-size 4 --num-jacobi-iterations 2"
+).split()
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    """What it prints is whole; how close the prediction is, the slow test asks."""
+    plot = tmp_path / "measured.png"
+    ended = run(
+        *("pipeline", "--json", *PIPELINE, "--num-layers", "2", "--micro-batch-size", "1"),
+        *("--steps", "2", "--timeline", str(plot)),
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert (result["num_stages"], result["num_chunks"], result["num_microbatches"]) == (2, 4, 8)
+    assert len(result["steps"]) == 2
+    for side in ("measured", "predicted", "replayed"):
+        assert result[side]["ms"] > 0 and 0 < result[side]["bubble"] < 1
+    fastest = min(step["measured"]["ms"] for step in result["steps"])
+    assert result["measured"]["ms"] == fastest
+    ratio = result["predicted_over_measured"]["ms"]
+    assert ratio == pytest.approx(result["predicted"]["ms"] / fastest)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_chunks", ["1", "2"])
+def test_predicted_pipeline_is_within_15_percent_of_a_timed_run(layer_chunks: str) -> None:
+    """Step time and bubble of a PP2 step. Needs two cores; the fastest of 20 steps counts."""
+    flag = "--num-virtual-stages-per-pipeline-rank"
+    ended = run(
+        *("pipeline", "--json", "--steps", "20", *PIPELINE, flag, layer_chunks),
+        timeout_s=TIMED_RUN_TIMEOUT_S,
+    )
+    assert ended.returncode == 0, ended.stderr
+    ratio = json.loads(ended.stdout)["predicted_over_measured"]
+    assert ratio["ms"] == pytest.approx(1, abs=0.15)
+    assert ratio["bubble"] == pytest.approx(1, abs=0.15)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["speed"], "what to measure must come first: train"),
+        (["pipeline", *PIPELINE, "--random-jacobi-iterations"], "--no-random-jacobi-iterations"),
+        (["pipeline", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["pipeline", *PIPELINE, "--num-layers", "3"], "--num-layers 3"),
         (["train", "--rounds", "0"], "--rounds 0: must be at least 1"),
         (["train", "--plot", "x.png"], "--plot needs --r-values"),
         (["train", *SMALL, "--hidden-dropout", "0.1"], "the plain PyTorch reference has 0.0 only"),
@@ -57,3 +104,21 @@ def test_bad_input(arguments: list[str], message: str) -> None:
     ended = run(*arguments)
     assert ended.returncode == 2, ended.stderr
     assert message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_preprocess(tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl"
+    words = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "klmn"]
+    lines = (json.dumps({"text": " ".join(words[i % 7 :: 1 + i % 5])}) for i in range(300))
+    corpus.write_text("".join(line + "\n" for line in lines))
+    settings = ["--input", str(corpus), "--vocab-size", "310", "--rounds", "1"]
+    ended = run("preprocess", "--json", *settings)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert list(result["sides"]) == ["plain loop", "1 worker", "2 workers"]
+    assert result["outputs_are_equal"] and result["text_bytes"] > 10_000
+    for row in result["sides"].values():
+        assert row["tokens_per_s_per_core"] * row["workers"] == pytest.approx(row["tokens_per_s"])
+    assert "scaling from 1 to 2 workers" in result["ratios"]
+    ended = run("preprocess", "--workers", "0")
+    assert ended.returncode == 2 and "--workers: every number must be at least 1" in ended.stderr

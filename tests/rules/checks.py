@@ -13,7 +13,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "kernels",
         "ponder data",
         "model",
-        "parallel optim checkpoint convert inference",
+        "parallel optim checkpoint convert inference planning",
         "train",
         "benchmark pretrain",
     )

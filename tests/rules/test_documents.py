@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.benchmark.options import TrainBenchmarkOptions
+from megatron_ponder.benchmark.options import (
+    PipelineBenchmarkOptions,
+    PreprocessBenchmarkOptions,
+    TrainBenchmarkOptions,
+)
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.data.inspection import InspectConfig
+from megatron_ponder.data.merging import MergeConfig
+from megatron_ponder.data.options import PrepareIndexOptions
 from megatron_ponder.data.preprocess import PreprocessConfig
 from megatron_ponder.data.sentencepiece_training import TokenizerTrainingConfig
 from megatron_ponder.inference.options import (
@@ -19,12 +26,19 @@ from megatron_ponder.inference.options import (
     GenerateOptions,
     SamplingOptions,
 )
+from megatron_ponder.planning.options import PlanOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
     TrainBenchmarkOptions,
+    PreprocessBenchmarkOptions,
+    PipelineBenchmarkOptions,
+    PlanOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
+    MergeConfig,
+    InspectConfig,
+    PrepareIndexOptions,
     CheckpointOptions,
     EvaluateOptions,
     GenerateOptions,

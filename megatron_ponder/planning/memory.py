@@ -1,0 +1,336 @@
+"""Bytes on each pipeline stage's ranks: weights, gradients, optimizer state, and a step's peak.
+
+What stays between steps: weights in the run's dtype, gradients in fp32, Adam's two moments in fp32
+and, in bf16, fp32 masters; the optimizer's part is divided over data-parallel ranks by the
+distributed optimizer.
+
+What a step adds: activations from a micro-batch's forward to its backward, in the order in which
+megatron-core runs them (order.py), and what a backward needs for a moment: gradients in flight, and
+layers that are recomputed. With one stage all passes are one graph, in which torch holds each
+weight's gradient from the last pass's backward until the first pass's.
+
+Left out: the allocator's rounding and fragmentation, buffers of communication libraries, the
+framework itself (a CUDA context and libraries: about 1 GiB), data loading, evaluation and saving.
+"""
+
+import dataclasses
+from collections import deque
+
+from megatron_ponder.config.layout import data_parallel_size
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.planning.activations import ActivationCounter
+from megatron_ponder.planning.order import Pipeline
+from megatron_ponder.planning.shards import FP32_BYTES, layers_by_stage
+from megatron_ponder.ponder.chunks import Chunk, cut_into_chunks, max_sends_kept
+from megatron_ponder.ponder.plan import PassPlan
+
+ADAM_MOMENTS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on one rank of a pipeline stage."""
+
+    num_parameters: int
+    """Weights on this rank."""
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """The most that a step adds."""
+    num_alive: int
+    """Micro-batches times chunks that wait for their backward at that moment."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def stage_memory(
+    config: RunConfig, plan: PassPlan, world_size: int, num_microbatches: int
+) -> list[StageMemory]:
+    """Memory by pipeline stage.
+
+    Args:
+        config: resolved.
+        plan: the passes.
+        world_size: ranks.
+        num_microbatches: of a step on each data-parallel rank.
+    """
+    element_bytes = 2 if config.training.bf16 else FP32_BYTES
+    state_bytes = FP32_BYTES * (ADAM_MOMENTS + (1 if config.training.bf16 else 0))
+    num_sharing = 1
+    if config.parallel.use_distributed_optimizer:
+        num_sharing = data_parallel_size(config, world_size)
+        num_sharing *= config.parallel.context_parallel_size
+    result = []
+    for stage in range(config.parallel.pipeline_model_parallel_size):
+        count = count_local_parameters(config, stage)
+        activations, num_alive = _StagePeak(config, plan, num_microbatches, stage).find()
+        result.append(
+            StageMemory(
+                num_parameters=count,
+                parameters=count * element_bytes,
+                gradients=count * FP32_BYTES,
+                optimizer=count * state_bytes // num_sharing,
+                activations=activations,
+                num_alive=num_alive,
+            )
+        )
+    return result
+
+
+def count_local_parameters(config: RunConfig, stage: int) -> int:
+    """Weights on one rank of a pipeline stage, rows that pad the vocabulary included.
+
+    Args:
+        config: resolved.
+        stage: the pipeline stage.
+    """
+    size, model = ActivationCounter.of(config).shards, config.model
+    num_stages = config.parallel.pipeline_model_parallel_size
+    norm = size.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+    count = sum(layers_by_stage(config)[stage]) * (_layer_weights(config) + 2 * norm)
+    table = size.vocab_rows * size.hidden_size
+    if stage == 0:
+        count += table
+        if model.position_embedding_type == "learned_absolute":
+            assert model.max_position_embeddings is not None
+            count += model.max_position_embeddings * size.hidden_size
+    if stage == num_stages - 1:
+        # Tied embeddings are one table where both ends are on one rank, and a copy where not.
+        has_own_head = model.untie_embeddings_and_output_weights or num_stages > 1
+        count += norm + (table if has_own_head else 0)
+    return count
+
+
+def _layer_weights(config: RunConfig) -> int:
+    """A layer's linear modules on one rank; biases of row-parallel ones are on every rank."""
+    size = ActivationCounter.of(config).shards
+    qkv_width = size.attention_width + 2 * size.key_value_width
+    columns = qkv_width + size.ffn_input_width
+    rows = size.attention_width + size.ffn_width
+    biases = columns + 2 * size.hidden_size if config.model.add_bias_linear else 0
+    return (columns + rows) * size.hidden_size + biases
+
+
+class _StagePeak:
+    """Finds the fullest moment of a step on one stage."""
+
+    def __init__(
+        self, config: RunConfig, plan: PassPlan, num_microbatches: int, stage: int
+    ) -> None:
+        parallel = config.parallel
+        self.config, self.plan, self.stage = config, plan, stage
+        self.num_stages = parallel.pipeline_model_parallel_size
+        self.num_layer_chunks = parallel.num_virtual_stages_per_pipeline_rank
+        self.layers = layers_by_stage(config)[stage]
+        self.chunks = cut_into_chunks(plan, self.num_layer_chunks)
+        self.counter = ActivationCounter.of(config)
+        self.pipeline = Pipeline(
+            num_stages=self.num_stages,
+            num_chunks=len(self.chunks),
+            num_microbatches=num_microbatches,
+        )
+
+    def find(self) -> tuple[int, int]:
+        """Bytes, and what is alive then."""
+        kept = [self._kept_bytes(chunk) for chunk in self.chunks]
+        backward = [self._backward_bytes(chunk) for chunk in self.chunks]
+        sent = {False: self._sent_forward_bytes(), True: self._sent_backward_bytes()}
+        max_sends = max_sends_kept(self.num_stages, len(self.chunks))
+        on_the_way = {direction: deque[int](maxlen=max_sends) for direction in sent}
+        held = num_alive = most = num_alive_then = 0
+        for work in self.pipeline.order(self.stage):
+            if not work.is_backward:
+                held, num_alive = held + kept[work.chunk], num_alive + 1
+            if message := sent[work.is_backward][work.chunk]:
+                on_the_way[work.is_backward].append(message)
+            now = held + sum(map(sum, on_the_way.values()))
+            now += backward[work.chunk] if work.is_backward else 0
+            if now > most:
+                most, num_alive_then = now, num_alive
+            if work.is_backward:
+                held, num_alive = held - kept[work.chunk], num_alive - 1
+        return most, num_alive_then
+
+    def _sent_forward_bytes(self) -> list[int]:
+        """What is sent on after each chunk's forward, and kept by the communicator for a while.
+
+        It is the output that the schedule keeps for the backward, too.
+        """
+        if self.num_stages == 1:
+            return [0] * len(self.chunks)
+        return [
+            0
+            if chunk is self.chunks[-1] and self._has_end(chunk)
+            else self.counter.carry_bytes(chunk)
+            if self.stage == self.num_stages - 1
+            else self.counter.hidden_bytes(chunk.num_stages_inside)
+            for chunk in self.chunks
+        ]
+
+    def _sent_backward_bytes(self) -> list[int]:
+        """What is sent back after each chunk's backward; kept likewise."""
+        if self.num_stages == 1:
+            return [0] * len(self.chunks)
+        sent = []
+        for chunk in self.chunks:
+            before = self.chunks[chunk.index - 1] if chunk.index else None
+            if not chunk.has_grad or (self.stage == 0 and (before is None or not before.has_grad)):
+                sent.append(0)
+            elif self.stage == 0:
+                assert before is not None
+                sent.append(self.counter.carry_bytes(before))
+            else:
+                sent.append(self.counter.hidden_bytes(chunk.num_stages_inside))
+        return sent
+
+    def _has_end(self, chunk: Chunk) -> bool:
+        """Whether final norm or loss follow the chunk here."""
+        return self.stage == self.num_stages - 1 and chunk.is_last_of_pass
+
+    def _has_input(self, chunk: Chunk) -> bool:
+        """Whether the pass's input is built here."""
+        return self.stage == 0 and chunk.layer_chunk == 0
+
+    def _kept_bytes(self, chunk: Chunk) -> int:
+        """From a forward to its backward."""
+        kept = self._received_bytes(chunk)
+        if not chunk.has_grad:
+            return kept
+        if self._is_recomputed_whole(chunk):
+            return kept + self._pass_input_bytes(chunk)
+        kept += self.counter.rotary_bytes(chunk.pass_)
+        kept += self._layers_bytes(chunk)
+        return kept + self._end_bytes(chunk)
+
+    def _received_bytes(self, chunk: Chunk) -> int:
+        """The input that the schedule holds of a chunk until its backward.
+
+        Where it is the input of the first layer, that layer keeps it anyway.
+        """
+        if self.num_stages == 1 or (self.stage == 0 and chunk.index == 0):
+            return 0
+        if self.stage == 0 and chunk.layer_chunk == 0:
+            return self.counter.carry_bytes(self.chunks[chunk.index - 1])
+        return 0 if chunk.has_grad else self.counter.hidden_bytes(chunk.num_stages_inside)
+
+    def _is_recomputed_whole(self, chunk: Chunk) -> bool:
+        """Whether the pass is recomputed from its input."""
+        is_by_pass = self.config.training.recompute_granularity == "pass"
+        return is_by_pass and not self.plan.is_last(chunk.pass_)
+
+    def _pass_input_bytes(self, chunk: Chunk) -> int:
+        """What a pass is recomputed from."""
+        if not self._has_input(chunk):
+            return self.counter.hidden_bytes(chunk.num_stages_inside)
+        # In one graph all passes share the embeddings.
+        has_own_embeddings = chunk.index == 0 or self.num_stages > 1
+        kept = self.counter.hidden_bytes(1) if has_own_embeddings else 0
+        if self.num_stages == 1 and chunk.index > 0:
+            kept += self.counter.carry_bytes(self.chunks[chunk.index - 1])
+        return kept
+
+    def _layer_list(self, chunk: Chunk) -> list[int]:
+        """What each layer of the chunk here would keep, in order."""
+        num_layers = self.layers[chunk.layer_chunk]
+        is_end = self._has_end(chunk)
+        return [
+            self.counter.layer_bytes(chunk.pass_, is_last_layer=is_end and layer == num_layers - 1)
+            for layer in range(num_layers)
+        ]
+
+    def _units(self, chunk: Chunk) -> tuple[list[int], int]:
+        """Bytes of each unit of layers that is recomputed, and of the layers that are not."""
+        layers, training = self._layer_list(chunk), self.config.training
+        if training.recompute_granularity != "full":
+            return [], sum(layers)
+        num = training.recompute_num_layers
+        if training.recompute_method == "block":
+            return layers[:num], sum(layers[num:])
+        return [sum(layers[i : i + num]) for i in range(0, len(layers), num)], 0
+
+    def _layers_bytes(self, chunk: Chunk) -> int:
+        """What the layers of a chunk keep, with units that are recomputed down to their input."""
+        units, rest = self._units(chunk)
+        return rest + len(units) * self.counter.hidden_bytes(chunk.num_stages_inside)
+
+    def _end_bytes(self, chunk: Chunk) -> int:
+        """Final norm and loss, where they are here."""
+        if not self._has_end(chunk):
+            return 0
+        head = self.counter.head_bytes() if self.plan.is_last(chunk.pass_) else 0
+        return self.counter.final_norm_bytes(chunk.pass_) + head
+
+    def _backward_bytes(self, chunk: Chunk) -> int:
+        """What a backward needs above everything alive, at its worst moment."""
+        if not chunk.has_grad:
+            return 0
+        # Layers that are kept have had their backward when those before them are recomputed.
+        kept = self._units(chunk)[1] if not self._is_recomputed_whole(chunk) else 0
+        at_layers = max(self._recomputed_bytes(chunk) - kept, 0)
+        at_layers += self._layer_backward_bytes(chunk)
+        is_loss = self._has_end(chunk) and self.plan.is_last(chunk.pass_)
+        if self.num_stages == 1:
+            at_layers += self._waiting_gradient_bytes(is_loss)
+        if not is_loss:
+            return at_layers
+        return max(self._head_backward_bytes(), at_layers - self.counter.head_bytes())
+
+    def _waiting_gradient_bytes(self, is_last_pass: bool) -> int:
+        """Weight gradients that wait for those of other passes, before they join the fp32 ones.
+
+        What is recomputed has a backward of its own, and its gradients do not wait.
+        """
+        size, training = self.counter.shards, self.config.training
+        num_waiting = 0 if is_last_pass else sum(self.layers)
+        if training.recompute_granularity is not None:
+            recomputes_some = (training.recompute_granularity, training.recompute_method) == (
+                "full",
+                "block",
+            )
+            left = max(num_waiting - training.recompute_num_layers, 0)
+            num_waiting = left if recomputes_some else 0
+        waiting = num_waiting * _layer_weights(self.config)
+        if not self.config.model.untie_embeddings_and_output_weights:
+            waiting += size.vocab_rows * size.hidden_size
+        return waiting * size.element_bytes
+
+    def _recomputed_bytes(self, chunk: Chunk) -> int:
+        """What is computed again and then held at once."""
+        if self._is_recomputed_whole(chunk):
+            end = self.counter.final_norm_bytes(chunk.pass_) if self._has_end(chunk) else 0
+            again = sum(self._layer_list(chunk)) + self.counter.rotary_bytes(chunk.pass_) + end
+            is_input_held = not self._has_input(chunk)
+        else:
+            again = max(self._units(chunk)[0], default=0)
+            is_input_held = again > 0
+        held = self.counter.hidden_bytes(chunk.num_stages_inside) if is_input_held else 0
+        return again - held
+
+    def _layer_backward_bytes(self, chunk: Chunk) -> int:
+        """Gradients in flight inside the MLP, where they are largest."""
+        size = self.counter.shards
+        rows = self.counter.rows(chunk.num_stages_inside)
+        ffn, ffn_input = size.ffn_width, size.ffn_input_width
+        moments = (
+            ffn * (rows + size.hidden_size),  # second projection: input's and weight's gradient
+            rows * (2 * ffn_input - ffn),  # activation: both gradients, silu again, input freed
+            ffn_input * size.hidden_size - rows * ffn + rows * size.hidden_size,  # first projection
+        )
+        hidden = self.counter.hidden_bytes(chunk.num_stages_inside)
+        gathered = hidden * size.sequence_shards if size.sequence_shards > 1 else 0
+        return hidden + gathered + max(moments) * size.element_bytes
+
+    def _head_backward_bytes(self) -> int:
+        """The output layer's weight gradient, its input's, and in bf16 the logits' in bf16."""
+        size, counter = self.counter.shards, self.counter
+        logits = counter.rows(1) * size.vocab_rows
+        weight = size.vocab_rows * size.hidden_size * size.element_bytes
+        products = weight + counter.hidden_bytes(1) * size.sequence_shards
+        if size.element_bytes == FP32_BYTES:
+            return products
+        in_bf16 = logits * size.element_bytes
+        return max(in_bf16, in_bf16 + products - logits * FP32_BYTES)

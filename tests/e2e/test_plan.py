@@ -1,0 +1,81 @@
+"""tools/plan.py as a user calls it: whole reports, pictures, and refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.launch import LAUNCH_TIMEOUT_S, ROOT
+
+RECIPE = str(ROOT / "examples/llama/ponderlm2-1.4b.yaml")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/plan.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LAUNCH_TIMEOUT_S,
+    )
+
+
+def test_thousands_of_ranks(tmp_path: Path) -> None:
+    """A recipe on 2048 ranks, without torchrun, data or tokenizer."""
+    picture = tmp_path / "folder" / "step.png"
+    layout = "--world-size 2048 --pipeline-model-parallel-size 8 --tensor-model-parallel-size 4"
+    batch = "--sequence-parallel --global-batch-size 1024 --micro-batch-size 1"
+    ended = run(
+        *("--config", RECIPE, *layout.split(), *batch.split()),
+        *("--json", "--device-memory-gib", "78", "--timeline", str(picture)),
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["ranks"]["data_parallel"] == 64
+    assert len(result["memory"]) == 8 == len(result["sent_bytes"])
+    assert result["parameters"]["total"] == pytest.approx(1420.4e6, rel=1e-3)
+    assert result["fits"] is True and result["remedies"] == []
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_text() -> None:
+    ended = run("--config", RECIPE, "--world-size", "8", "--device-memory-gib", "40")
+    assert ended.returncode == 0, ended.stderr
+    for words in ("8 ranks", "passes of a forward", "memory of a rank", "bubble", "DOES NOT FIT"):
+        assert words in ended.stdout
+
+
+def test_help_teaches() -> None:
+    ended = run("--help")
+    assert ended.returncode == 0
+    assert "--world-size" in ended.stdout and "--device-memory-gib" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", RECIPE], "--world-size"),
+        (["--config", RECIPE, "--world-size", "0"], "--world-size 0: must be at least 1"),
+        (["--config", "nowhere.yaml", "--world-size", "1"], "nowhere.yaml: cannot be read"),
+        (["--world-size", "1"], "--vocab-size must be given"),
+        (["--world-size", "1", "--num-layer", "2"], "num-layers"),
+        (["--preset", "gpt2", "--world-size", "6", "--tensor-model-parallel-size", "4"], "4"),
+        (["--preset", "gpt2", "--world-size", "1", "--device-memory-gib", "0"], "must be above 0"),
+        (
+            "--preset gpt2 --world-size 2 --pipeline-model-parallel-size 2 --seq-length 64 "
+            "--global-batch-size 3".split(),
+            "micro-batches",
+        ),
+        (
+            ["--preset", "gpt2", "--seq-length", "64", "--world-size", "1", "--method", "x"],
+            "ponder",
+        ),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == 2, ended.stdout
+    assert message in ended.stderr and "Traceback" not in ended.stderr

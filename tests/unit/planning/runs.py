@@ -1,0 +1,36 @@
+"""Small resolved runs of three architectures and three methods."""
+
+from typing import Any
+
+from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.schema import RunConfig
+
+SIZES = (
+    "--num-layers 4 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 64 "
+    "--vocab-size 500 --micro-batch-size 2"
+).split()
+ARCHITECTURES = {
+    "llama": ["--num-query-groups", "2"],
+    "gpt_neox": ["--preset", "pythia-70m"],
+    "gpt2": ["--preset", "gpt2"],
+}
+METHODS = {
+    "vanilla": ["--method", "vanilla"],
+    "K1": ["--num-latent-thoughts", "1", "--num-jacobi-iterations", "2"],
+    "K2": ["--num-latent-thoughts", "2", "--num-jacobi-iterations", "1"],
+}
+
+
+def small_run(architecture: str, method: str, world_size: int = 1, **settings: Any) -> RunConfig:
+    """A resolved run.
+
+    Args:
+        architecture: a key of ARCHITECTURES.
+        method: a key of METHODS.
+        world_size: ranks.
+        settings: changes, by setting.
+    """
+    flags = [*ARCHITECTURES[architecture], *SIZES, *METHODS[method]]
+    config = parse_args(flags, prog="test").replaced(distributed_backend="gloo", **settings)
+    return resolve(config, world_size=world_size)

@@ -1,0 +1,125 @@
+"""What the report says, against what is known otherwise."""
+
+import math
+
+import pytest
+
+from megatron_ponder.config.presets import PRESETS
+from megatron_ponder.model.size import forward_flops
+from megatron_ponder.planning.limits import find_limits
+from megatron_ponder.planning.options import PlanOptions
+from megatron_ponder.planning.report import (
+    largest_plan,
+    microbatches_per_step,
+    plan_run,
+    resolve_on_paper,
+)
+from megatron_ponder.planning.text import as_text
+from megatron_ponder.planning.work import chunk_flops
+from tests.unit.planning.runs import ARCHITECTURES, METHODS, small_run
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_chunks_share_the_whole_work(architecture: str, method: str) -> None:
+    """Summed over stages and chunks, forwards are those of model/size.py."""
+    layout = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    config = small_run(architecture, method, world_size=2, global_batch_size=4, **layout)
+    plan = largest_plan(config)
+    flops = chunk_flops(config, plan)
+    whole = forward_flops(config.model, plan, config.data.seq_length).total
+    whole *= config.training.micro_batch_size
+    assert sum(map(sum, flops.forward)) == pytest.approx(whole)
+    assert sum(map(sum, flops.backward)) == pytest.approx(2 * whole)
+    assert sum(map(sum, flops.recomputed)) == 0
+
+
+def test_recomputation_is_one_more_forward() -> None:
+    def recomputed(**settings: object) -> float:
+        config = small_run("llama", "K1", **settings)
+        plan = largest_plan(config)
+        return sum(map(sum, chunk_flops(config, plan).recomputed))
+
+    config = small_run("llama", "K1")
+    passes = forward_flops(config.model, largest_plan(config), config.data.seq_length).passes
+    layers = [config.training.micro_batch_size * (p.linear + p.attention) for p in passes]
+    assert recomputed(recompute_granularity="full") == pytest.approx(sum(layers))
+    assert recomputed(recompute_granularity="pass") == pytest.approx(sum(layers[:-1]))
+    half = recomputed(
+        recompute_granularity="full", recompute_method="block", recompute_num_layers=2
+    )
+    assert 0.4 * sum(layers) < half < 0.6 * sum(layers)
+    last_two = recomputed(recompute_granularity="pass", jacobi_grad_passes=2)
+    assert last_two == pytest.approx(layers[-2])
+
+
+def test_report_of_a_pipeline() -> None:
+    config = small_run(
+        "gpt2", "K1", world_size=8, pipeline_model_parallel_size=4, global_batch_size=16
+    )
+    result = plan_run(PlanOptions(world_size=8, device_memory_gib=0.001), config)
+    assert result["step"]["num_microbatches"] == 4 == result["schedule"]["num_microbatches"]
+    assert result["ranks"]["data_parallel"] == 2
+    assert result["schedule"]["num_chunks"] == 4 == len(result["passes"])
+    assert 0 < result["schedule"]["bubble_if_chunks_were_equal"] < result["schedule"]["bubble"] < 1
+    assert math.isclose(sum(row["share"] for row in result["passes"]), 1)
+    alive = [row["num_alive"] for row in result["memory"]]
+    assert alive == sorted(alive, reverse=True) and alive[0] > alive[-1]
+    assert not result["fits"]
+    by_change = {row["change"]: row["total_gib"] for row in result["remedies"]}
+    assert by_change["--recompute-granularity pass"] < result["memory"][0]["total_gib"]
+    text = as_text(result)
+    assert "DOES NOT FIT" in text and "4 pipeline chunks x 4 micro-batches" in text
+
+
+def test_memory_falls_with_recomputation_and_with_fewer_gradients() -> None:
+    def activations(**settings: object) -> int:
+        config = small_run("llama", "K2", **settings)
+        (stage,) = plan_run(PlanOptions(world_size=1), config)["memory"]
+        return stage["activations"]
+
+    everything = activations()
+    by_pass = activations(recompute_granularity="pass")
+    by_layer = activations(recompute_granularity="full")
+    assert by_layer < by_pass < everything
+    assert activations(jacobi_grad_passes=1) < activations(jacobi_grad_passes=2) < everything
+
+
+def test_random_r_is_planned_for_its_largest() -> None:
+    config = small_run("llama", "K1", random_jacobi_iterations=True)
+    result = plan_run(PlanOptions(world_size=1), config)
+    assert result["num_jacobi_iterations"] == {"planned_for": 3, "drawn_from": [2, 3]}
+    assert len(result["passes"]) == 5
+    fixed = [
+        plan_run(PlanOptions(world_size=1), small_run("llama", "K1", num_jacobi_iterations=r))
+        for r in (2, 3)
+    ]
+    mean = sum(one["step"]["training_flops"] for one in fixed) / 2
+    assert result["step"]["training_flops"] == pytest.approx(mean)
+    assert result["memory"] == fixed[1]["memory"]
+
+
+def test_limits() -> None:
+    config = small_run(
+        "llama", "K1", world_size=8, pipeline_model_parallel_size=2, global_batch_size=16
+    )
+    found = find_limits(config, 8, microbatches_per_step(config, 8))
+    most = {limit["name"]: (limit["now"], limit["most"], limit["binds"]) for limit in found}
+    assert most["tensor_model_parallel_size"] == (1, 2, False)  # two key/value heads
+    assert most["pipeline_model_parallel_size"] == (2, 4, False)  # four layers
+    assert most["data_parallel_size"] == (4, 4, True)  # 8 micro-batches, 2 stages
+
+
+@pytest.mark.parametrize("preset", ["llama-410m", "pythia-1.4b", "gpt2-xl"])
+def test_local_parameters_add_up(preset: str) -> None:
+    """Over tensor and pipeline ranks, less what they hold several times: norms, some biases."""
+    from megatron_ponder.config.parse import parse_args
+
+    flags = ["--preset", preset, "--pipeline-model-parallel-size", "2", "--seq-length", "1024"]
+    config = resolve_on_paper(parse_args([*flags, "--global-batch-size", "2"], prog="test"), 2)
+    result = plan_run(PlanOptions(world_size=2), config)
+    total = sum(result["parameters"]["per_rank"])
+    is_tied = not PRESETS[preset].get("untie_embeddings_and_output_weights", True)
+    copies = result["parameters"]["embedding"] if is_tied else 0
+    padding = 50304 - config.model.vocab_size
+    assert total == result["parameters"]["total"] + copies + 2 * padding * config.model.hidden_size
