@@ -119,6 +119,14 @@ class ActivationCounter:
         softmax = self.rows(1) * size.vocab_rows * FP32_BYTES
         return self.hidden_bytes(1) + softmax + self.rows(1) * (MASK_BYTES + INT64_BYTES)
 
+    def mixture_bytes(self, pass_: Pass) -> int:
+        """A mixture of embeddings: the output layer's input, probabilities, what they give."""
+        if not pass_.mixes_embeddings:
+            return 0
+        size, read = self.shards, pass_.num_read_stages
+        probabilities = self.rows(read) * size.vocab_rows * size.element_bytes
+        return 2 * self.hidden_bytes(read) + probabilities
+
     def carry_bytes(self, chunk: Chunk) -> int:
         """What the last stage hands on from a chunk."""
         return self.hidden_bytes(chunk.num_stages_handed_on)

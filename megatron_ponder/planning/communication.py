@@ -10,9 +10,10 @@ import dataclasses
 from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.planning.activations import ActivationCounter
-from megatron_ponder.planning.memory import count_local_parameters
+from megatron_ponder.planning.memory import count_local_parameters, has_embedding_copy
 from megatron_ponder.planning.shards import FP32_BYTES, layers_by_stage
 from megatron_ponder.ponder.chunks import Chunk, cut_into_chunks
+from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.plan import PassPlan
 
 
@@ -94,7 +95,7 @@ class _StageTraffic:
         """Of one micro-batch, as multiples of one gather or scatter of the residual stream."""
         is_sharded = self.config.parallel.sequence_parallel
         shards = self.counter.shards.sequence_shards
-        inside = self.counter.hidden_bytes(chunk.num_stages_inside) * shards
+        inside = self.counter.hidden_bytes(chunk.pass_.num_stages) * shards
         one_stage = self.counter.hidden_bytes(1) * shards
         # Two modules, each with an all-reduce or a gather and a scatter; under sequence
         # parallelism the backward gathers the modules' inputs once more.
@@ -110,8 +111,28 @@ class _StageTraffic:
         if self._is_end(chunk) and self.plan.is_last(chunk.pass_):
             amount += (3 if is_sharded else 2) * one_stage
         if self._is_start(chunk) and (self.num_stages > 1 or chunk.index == 0):
-            amount += (2 if is_sharded and chunk.has_grad else 1 if is_sharded else 2) * one_stage
+            embedded = one_stage * (1 + len(load_method(self.config.method).extra_token_ids))
+            amount += (2 if is_sharded and chunk.has_grad else 1 if is_sharded else 2) * embedded
+        if self._is_end(chunk) and chunk.pass_.mixes_embeddings:
+            amount += self._mixture_bytes(chunk)
         return round(amount * self.tensor_share)
+
+    def _mixture_bytes(self, chunk: Chunk) -> float:
+        """Of one micro-batch: mixtures and the output layer's gradient, and a softmax's numbers."""
+        is_sharded = self.config.parallel.sequence_parallel
+        read = chunk.pass_.num_read_stages
+        slots = self.counter.hidden_bytes(read) * self.counter.shards.sequence_shards
+        numbers = self.counter.rows(read) * FP32_BYTES
+        # The largest logit and the sum are all-reduced; the backward gathers one number if sharded.
+        amount = self._num_mixtures(chunk) * (2 * slots + 4 * numbers)
+        if chunk.has_grad:
+            amount += 3 * slots + numbers if is_sharded else 2 * slots
+        return amount
+
+    def _num_mixtures(self, chunk: Chunk) -> int:
+        """How often the forward's end is computed."""
+        is_recomputed = self.config.training.recompute_granularity == "pass" and chunk.has_grad
+        return 2 if is_recomputed else 1
 
     def replicated_gradient_bytes(self) -> int:
         """Under sequence parallelism: gradients of norms, some biases and learned positions."""
@@ -130,7 +151,7 @@ class _StageTraffic:
     def context_bytes(self, chunk: Chunk) -> int:
         """Of one micro-batch: keys and values gathered, their gradients scattered."""
         size = self.counter.shards
-        rows = self.counter.rows(chunk.num_stages_inside)
+        rows = self.counter.rows(chunk.pass_.num_stages)
         gathered = rows * 2 * size.key_value_width * size.element_bytes
         times = self._num_forwards(chunk) + (1 if chunk.has_grad else 0)
         others = size.context_parallel_size - 1
@@ -167,7 +188,8 @@ class _StageTraffic:
     def embedding_bytes(self) -> int:
         """An all-reduce between two ranks sends the table once."""
         is_tied = not self.config.model.untie_embeddings_and_output_weights
-        if not is_tied or self.num_stages == 1 or self.stage not in (0, self.num_stages - 1):
+        is_replicated = is_tied or has_embedding_copy(self.config)
+        if not is_replicated or self.num_stages == 1 or self.stage not in (0, self.num_stages - 1):
             return 0
         size = self.counter.shards
         return size.vocab_rows * size.hidden_size * FP32_BYTES

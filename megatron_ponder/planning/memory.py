@@ -22,6 +22,7 @@ from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.order import Pipeline
 from megatron_ponder.planning.shards import FP32_BYTES, layers_by_stage
 from megatron_ponder.ponder.chunks import Chunk, cut_into_chunks, max_sends_kept
+from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.plan import PassPlan
 
 ADAM_MOMENTS = 2
@@ -102,7 +103,16 @@ def count_local_parameters(config: RunConfig, stage: int) -> int:
         # Tied embeddings are one table where both ends are on one rank, and a copy where not.
         has_own_head = model.untie_embeddings_and_output_weights or num_stages > 1
         count += norm + (table if has_own_head else 0)
+        count += table if has_embedding_copy(config) else 0
     return count
+
+
+def has_embedding_copy(config: RunConfig) -> bool:
+    """Whether the last stage has the embedding besides an output layer, to mix embeddings."""
+    is_alone = config.parallel.pipeline_model_parallel_size == 1
+    if is_alone or not config.model.untie_embeddings_and_output_weights:
+        return False
+    return load_method(config.method).plan(1).mixes_embeddings
 
 
 def _layer_weights(config: RunConfig) -> int:
@@ -255,14 +265,15 @@ class _StagePeak:
     def _layers_bytes(self, chunk: Chunk) -> int:
         """What the layers of a chunk keep, with units that are recomputed down to their input."""
         units, rest = self._units(chunk)
-        return rest + len(units) * self.counter.hidden_bytes(chunk.num_stages_inside)
+        return rest + len(units) * self.counter.hidden_bytes(chunk.pass_.num_stages)
 
     def _end_bytes(self, chunk: Chunk) -> int:
         """Final norm and loss, where they are here."""
         if not self._has_end(chunk):
             return 0
         head = self.counter.head_bytes() if self.plan.is_last(chunk.pass_) else 0
-        return self.counter.final_norm_bytes(chunk.pass_) + head
+        mixture = self.counter.mixture_bytes(chunk.pass_)
+        return self.counter.final_norm_bytes(chunk.pass_) + mixture + head
 
     def _backward_bytes(self, chunk: Chunk) -> int:
         """What a backward needs above everything alive, at its worst moment."""
@@ -313,7 +324,7 @@ class _StagePeak:
     def _layer_backward_bytes(self, chunk: Chunk) -> int:
         """Gradients in flight inside the MLP, where they are largest."""
         size = self.counter.shards
-        rows = self.counter.rows(chunk.num_stages_inside)
+        rows = self.counter.rows(chunk.pass_.num_stages)
         ffn, ffn_input = size.ffn_width, size.ffn_input_width
         moments = (
             ffn * (rows + size.hidden_size),  # second projection: input's and weight's gradient

@@ -64,8 +64,8 @@ def chunk_flops(config: RunConfig, plan: PassPlan) -> ChunkFlops:
             by_layer = [float(inner)] * layers[chunk.layer_chunk]
             if is_end:
                 by_layer[-1] = float(_layer(at_end))
-            whole = sum(by_layer) + (at_end.head if is_end else 0)
-            again = _recomputed(config, plan, chunk, by_layer)
+            whole = sum(by_layer) + (at_end.head + at_end.mixture if is_end else 0)
+            again = _recomputed(config, plan, chunk, by_layer, whole)
             forward[-1].append(scale * whole)
             backward[-1].append(scale * BACKWARD_PER_FORWARD * whole if chunk.has_grad else 0.0)
             recomputed[-1].append(scale * again if chunk.has_grad else 0.0)
@@ -79,15 +79,17 @@ def _of_layers(config: RunConfig, plan: PassPlan, num_layers: int) -> tuple[Pass
 
 
 def _layer(flops: PassFlops) -> int:
-    """All but the head."""
+    """All but products with the vocabulary."""
     return flops.linear + flops.attention
 
 
-def _recomputed(config: RunConfig, plan: PassPlan, chunk: Chunk, by_layer: list[float]) -> float:
+def _recomputed(
+    config: RunConfig, plan: PassPlan, chunk: Chunk, by_layer: list[float], whole: float
+) -> float:
     """What a chunk's backward computes again."""
     training = config.training
     if training.recompute_granularity == "pass":
-        return 0.0 if plan.is_last(chunk.pass_) else sum(by_layer)
+        return 0.0 if plan.is_last(chunk.pass_) else whole
     if training.recompute_granularity is None:
         return 0.0
     num = training.recompute_num_layers if training.recompute_method == "block" else None

@@ -19,6 +19,13 @@ METHODS = {
     "vanilla": ["--method", "vanilla"],
     "K1": ["--num-latent-thoughts", "1", "--num-jacobi-iterations", "2"],
     "K2": ["--num-latent-thoughts", "2", "--num-jacobi-iterations", "1"],
+    "ponderlm": ["--method", "ponderlm", "--num-latent-thoughts", "2"],
+    "accumulating": [
+        *("--method", "ponderlm", "--num-latent-thoughts", "2"),
+        "--residual-interpolated-embeds",
+    ],
+    "loop": ["--method", "loop", "--num-latent-thoughts", "2"],
+    "pause": ["--method", "pause", "--num-latent-thoughts", "2"],
 }
 
 

@@ -28,7 +28,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("architecture", "method"), [("llama", "K1"), ("gpt2", "K2")])
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        *(("llama", "K1"), ("gpt2", "K2"), ("llama", "ponderlm"), ("llama", "accumulating")),
+        *(("gpt2", "ponderlm"), ("gpt_neox", "loop"), ("llama", "pause")),
+    ],
+)
 def test_two_ranks(architecture: str, method: str) -> None:
     """Not context parallelism: torch's causal bias does not work while operations are watched."""
     configs = [small_run(architecture, method, world_size=2, **more) for more in LAYOUTS.values()]
