@@ -64,7 +64,7 @@ def chunk_flops(config: RunConfig, plan: PassPlan) -> ChunkFlops:
             by_layer = [float(inner)] * layers[chunk.layer_chunk]
             if is_end:
                 by_layer[-1] = float(_layer(at_end))
-            whole = sum(by_layer) + (at_end.head if is_end else 0)
+            whole = sum(by_layer) + (at_end.head + at_end.mixture if is_end else 0)
             again = _recomputed(config, plan, chunk, by_layer)
             forward[-1].append(scale * whole)
             backward[-1].append(scale * BACKWARD_PER_FORWARD * whole if chunk.has_grad else 0.0)
@@ -79,7 +79,7 @@ def _of_layers(config: RunConfig, plan: PassPlan, num_layers: int) -> tuple[Pass
 
 
 def _layer(flops: PassFlops) -> int:
-    """All but the head."""
+    """The layers' part."""
     return flops.linear + flops.attention
 
 
