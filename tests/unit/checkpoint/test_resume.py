@@ -27,6 +27,7 @@ GPT2 = {
     "position_embedding_type": "learned_absolute",
     "untie_embeddings_and_output_weights": False,
 }
+MIXING = {"method": "ponderlm", "num_latent_thoughts": 2, "num_layers": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,20 @@ def test_another_layout_goes_on(before: str, after: str, tmp_path: Path) -> None
 )
 def test_tied_embeddings_go_on(before: str, after: str, tmp_path: Path) -> None:
     _check_that_it_goes_on(before, after, tmp_path, **GPT2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("one", "pp2 vp2 dp2 dist"),
+        ("pp2 vp2 dp2 dist", "tp2"),
+        ("pp2", "pp2"),
+        ("pp2 dp2 bf16 dist", "one bf16"),
+    ],
+)
+def test_an_embedding_on_two_stages_goes_on(before: str, after: str, tmp_path: Path) -> None:
+    """A method that mixes embeddings has the table on the last stage too."""
+    _check_that_it_goes_on(before, after, tmp_path, **MIXING)
 
 
 def _check_that_it_goes_on(before: str, after: str, folder: Path, **changes: object) -> None:

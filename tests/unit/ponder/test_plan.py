@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.errors import ConfigError
+from megatron_ponder.ponder.chunks import cut_into_chunks
 from megatron_ponder.ponder.interleave import interleave, select_stages
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.schedule import jacobi_iterations
@@ -42,6 +43,66 @@ def test_vanilla_ignores_the_thoughts():
     assert method.embedding_scale(64) is None
 
 
+def load(method, k, **settings):
+    return load_method(MethodConfig(method=method, num_latent_thoughts=k, **settings))
+
+
+def flags(plan, name):
+    return [getattr(p, name) for p in plan.passes]
+
+
+@given(k=st.integers(0, 5), r=st.integers(0, 5))
+def test_passes_of_the_other_methods(k, r):
+    pause = load("pause", k, pause_token_id=7)
+    (only,) = pause.plan(r).passes
+    assert only.num_stages == k + 1 and list(only.read_stages) == [k]
+    assert pause.extra_token_ids == (7,) * k
+    for method in (load("loop", k), load("ponderlm", k)):
+        assert flags(method.plan(r), "num_stages") == [1] * (k + 1)
+        assert method.extra_token_ids == ()
+    loop = load("loop", k).plan(r)
+    assert flags(loop, "final_norm") == [False] * k + [True]
+    assert flags(loop, "add_positions") == [True] + [False] * k
+    for settings, mixes, carries in (
+        ({}, True, False),
+        ({"residual_interpolated_embeds": True}, True, True),
+        ({"ponderlm_feedback": "hidden"}, False, True),
+    ):
+        plan = load("ponderlm", k, **settings).plan(r)
+        assert flags(plan, "mixes_embeddings") == [mixes] * k + [False]
+        assert flags(plan, "carries_input") == [carries] * k + [False]
+        assert flags(plan, "final_norm") == flags(plan, "add_positions") == [True] * (k + 1)
+        assert plan.mixes_embeddings == (mixes and k > 0)
+    thinking = load("ponderlm2", k, interpolation=True).plan(r)
+    assert flags(thinking, "mixes_embeddings") == [True] * (len(thinking.passes) - 1) + [False]
+
+
+def test_what_travels_beside_the_slots():
+    chunks = cut_into_chunks(load("ponderlm", 1, ponderlm_feedback="hidden").plan(0), 2)
+    assert [c.num_stages_inside for c in chunks] == [2, 2, 1, 1]
+    assert [c.num_stages_handed_on for c in chunks] == [2, 1, 1, 1]
+
+
+def test_scales_and_initialisation_of_the_other_methods():
+    assert load("loop", 1, scale_embeds=False).embedding_scale(1000) == 50.0
+    assert load("ponderlm2", 1, interpolation=True).embedding_scale(2500) == 50.0
+    assert load("ponderlm", 1).embedding_scale(2500) == 50.0
+    assert load("ponderlm", 1, scale_embeds=False).embedding_scale(2500) is None
+    hidden = load("ponderlm", 1, ponderlm_feedback="hidden")
+    assert hidden.embedding_scale(2500) is None and hidden.default_init_method == "normal"
+    for scale_embeds, always, scale in (
+        (True, True, 50.0),
+        (False, True, 50.0),
+        (True, False, 50.0),
+        (False, False, None),
+    ):
+        pause = load("pause", 1, scale_embeds=scale_embeds, pause_always_scales=always)
+        assert pause.embedding_scale(2500) == scale
+    assert load("pause", 1, pause_init_method="normal").default_init_method == "normal"
+    for method in ("loop", "ponderlm", "pause", "ponderlm2"):
+        assert load(method, 1).default_init_method == "small"
+
+
 def test_embedding_scale():
     assert ponderlm2(1).embedding_scale(1000) == 50.0
     unscaled = load_method(MethodConfig(method="ponderlm2", scale_embeds=False))
@@ -49,7 +110,7 @@ def test_embedding_scale():
 
 
 def test_unknown_method_names_the_known_ones():
-    with pytest.raises(ConfigError, match="ponderlm2, vanilla"):
+    with pytest.raises(ConfigError, match="loop, pause, ponderlm, ponderlm2, vanilla"):
         load_method(MethodConfig(method="ponderlm3"))
     with pytest.raises(ConfigError, match=r"no_such\.module"):
         load_method(MethodConfig(method="no_such.module"))
