@@ -73,14 +73,12 @@ def test_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer_chunks", ["1", "2"])
-def test_predicted_pipeline_is_within_15_percent_of_a_timed_run(layer_chunks: str) -> None:
-    """Step time and bubble of a PP2 step. Needs two cores; the fastest of 20 steps counts."""
-    flag = "--num-virtual-stages-per-pipeline-rank"
-    ended = run(
-        *("pipeline", "--json", "--steps", "20", *PIPELINE, flag, layer_chunks),
-        timeout_s=TIMED_RUN_TIMEOUT_S,
-    )
+def test_predicted_pipeline_is_within_15_percent_of_a_timed_run() -> None:
+    """Step time and bubble of a PP2 step, one thread per rank.
+
+    Wants two cores to itself. The fastest of 60 steps counts: others may be disturbed.
+    """
+    ended = run("pipeline", "--json", "--steps", "60", *PIPELINE, timeout_s=TIMED_RUN_TIMEOUT_S)
     assert ended.returncode == 0, ended.stderr
     ratio = json.loads(ended.stdout)["predicted_over_measured"]
     assert ratio["ms"] == pytest.approx(1, abs=0.15)
