@@ -6,10 +6,12 @@ of each other. Nothing has to be asked: a stage's messages arrive in the order i
 neighbour computes them, and that order and every length follow from the chunks.
 
 Activations and gradients travel in process groups of their own, so that each is in order. Only
-receives are waited for. A send is kept until the step ends: waiting for it at once would deadlock
-where two stages send to each other, as gloo ends a send when it is received.
+receives are waited for at once. A send is kept until the schedule cannot have come this far without
+its arrival: waiting for it earlier would deadlock where two stages send to each other, as gloo ends
+a send when it is received.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,11 +21,13 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ponder.ponder.chunks import Chunk
+from megatron_ponder.ponder.chunks import Chunk, max_sends_kept
 from megatron_ponder.runtime.distributed import backward_pipeline_group, process_groups
 
 Lengths = Iterator[int | None]
 """Slots per token of the messages to come; None for one that is never sent."""
+Sends = collections.deque[tuple[dist.Work, Tensor]]
+"""Messages on their way, oldest first."""
 
 
 class PassCommunicator(P2PCommunicator):
@@ -58,13 +62,15 @@ class PassCommunicator(P2PCommunicator):
         )
         self._num_tokens_local = num_tokens_local
         self._micro_batch_size = micro_batch_size
-        self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._max_sends = max_sends_kept(num_stages, len(chunks))
+        self._sent_activations: Sends = collections.deque()
+        self._sent_gradients: Sends = collections.deque()
 
     def finish(self) -> None:
         """Wait until everything sent has arrived, and check that everything expected has come."""
-        for work, _ in self._sends:
-            work.wait()
-        self._sends.clear()
+        for sends in (self._sent_activations, self._sent_gradients):
+            while sends:
+                sends.popleft()[0].wait()
         left = sum(length is not None for length in self._activation_lengths)
         left += sum(length is not None for length in self._gradient_lengths)
         assert left == 0, f"{left} messages of the plan were never received"
@@ -91,6 +97,7 @@ class PassCommunicator(P2PCommunicator):
             self._empty(next(self._activation_lengths)) if recv_prev else None,
             self.prev_rank,
             self.pp_group,
+            self._sent_activations,
         )
         gradient, gradient_handle = self._exchange(
             tensor_send_prev,
@@ -98,6 +105,7 @@ class PassCommunicator(P2PCommunicator):
             self._empty(next(self._gradient_lengths)) if recv_next else None,
             self.next_rank,
             backward_pipeline_group(),
+            self._sent_gradients,
         )
         if wait_on_reqs:
             activation_handle.wait()
@@ -117,6 +125,7 @@ class PassCommunicator(P2PCommunicator):
         received: Tensor | None,
         from_rank: int | None,
         group: dist.ProcessGroup,
+        sends: Sends,
     ) -> tuple[Tensor | None, "_Handle"]:
         """One direction: send to one neighbour and receive from the other, together."""
         ops = []
@@ -128,7 +137,9 @@ class PassCommunicator(P2PCommunicator):
         works = dist.batch_isend_irecv(ops) if ops else []
         # nccl gives one handle for the batch, gloo one for each operation in order.
         if sent is not None:
-            self._sends.append((works[0], sent))
+            sends.append((works[0], sent))
+            if len(sends) > self._max_sends:
+                sends.popleft()[0].wait()
         return received, _Handle(works[-1] if received is not None else None)
 
     def _empty(self, num_stages: int | None) -> Tensor | None:

@@ -14,13 +14,14 @@ framework itself (a CUDA context and libraries: about 1 GiB), data loading, eval
 """
 
 import dataclasses
+from collections import deque
 
 from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.order import Pipeline
 from megatron_ponder.planning.shards import FP32_BYTES, layers_by_stage
-from megatron_ponder.ponder.chunks import Chunk, cut_into_chunks
+from megatron_ponder.ponder.chunks import Chunk, cut_into_chunks, max_sends_kept
 from megatron_ponder.ponder.plan import PassPlan
 
 ADAM_MOMENTS = 2
@@ -138,12 +139,16 @@ class _StagePeak:
         kept = [self._kept_bytes(chunk) for chunk in self.chunks]
         backward = [self._backward_bytes(chunk) for chunk in self.chunks]
         sent = {False: self._sent_forward_bytes(), True: self._sent_backward_bytes()}
+        max_sends = max_sends_kept(self.num_stages, len(self.chunks))
+        on_the_way = {direction: deque[int](maxlen=max_sends) for direction in sent}
         held = num_alive = most = num_alive_then = 0
         for work in self.pipeline.order(self.stage):
             if not work.is_backward:
                 held, num_alive = held + kept[work.chunk], num_alive + 1
-            held += sent[work.is_backward][work.chunk]
-            now = held + (backward[work.chunk] if work.is_backward else 0)
+            if message := sent[work.is_backward][work.chunk]:
+                on_the_way[work.is_backward].append(message)
+            now = held + sum(map(sum, on_the_way.values()))
+            now += backward[work.chunk] if work.is_backward else 0
             if now > most:
                 most, num_alive_then = now, num_alive
             if work.is_backward:
@@ -151,7 +156,7 @@ class _StagePeak:
         return most, num_alive_then
 
     def _sent_forward_bytes(self) -> list[int]:
-        """What is sent on after each chunk's forward; the communicator keeps it to the step's end.
+        """What is sent on after each chunk's forward, and kept by the communicator for a while.
 
         It is the output that the schedule keeps for the backward, too.
         """

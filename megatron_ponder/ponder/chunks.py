@@ -61,3 +61,13 @@ def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, .
         for pass_ in plan.passes
         for layer_chunk in range(num_layer_chunks)
     )
+
+
+def max_sends_kept(num_stages: int, num_chunks: int) -> int:
+    """Messages of one direction that a stage may have on the way.
+
+    A stage is at most as many chunks of micro-batches ahead of its backward as megatron-core's
+    first stage has in its warm-up, 2 (p - 1) + (chunks - 1) p, and one. A message further back has
+    been received: without it the neighbour could not have sent what has come since.
+    """
+    return 2 * (num_stages - 1) + (num_chunks - 1) * num_stages + 1

@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.parallel import parallel_model
@@ -163,7 +164,16 @@ def _measured_unchecked(layout: Layout, folder: str) -> list[Measured]:
 
 
 def _measure_unchecked(config, folder: str, options: dict) -> Measured:
-    """Without the check, and with several buckets of gradients, as a large model has."""
+    """Without the check, with several buckets of gradients, as a large model has, and a network so
+    fast that a reduction ends before the backward goes on (else the error would be a race)."""
+    start = _ParamAndGradBucketGroup.start_grad_sync
+
+    def start_and_wait(group, *args, **kwargs):
+        start(group, *args, **kwargs)
+        if group.grad_reduce_handle is not None:
+            group.grad_reduce_handle.wait()
+
+    _ParamAndGradBucketGroup.start_grad_sync = start_and_wait
     parallel_model.check_hook_counts = lambda *unused: None
     parallel_model.DistributedDataParallelConfig = functools.partial(
         parallel_model.DistributedDataParallelConfig, bucket_size=1000
