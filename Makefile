@@ -25,8 +25,8 @@ $(STAMP): setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP) ## pretrain and compare two small models (10 minutes on 2 cores, no GPU)
-	$(BIN)/python examples/quickstart/run.py
+quickstart: $(STAMP) ## pretrain and compare two small models (10 minutes on 2 cores, no GPU); METHODS=all: five
+	$(BIN)/python examples/quickstart/run.py $(if $(METHODS),--methods $(METHODS))
 
 test: $(STAMP) ## the tests that need no GPU and no patience (under 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slow"

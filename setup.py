@@ -17,7 +17,9 @@ setup(
         "tyro>=1.0",
         "pyyaml",
         "sentencepiece>=0.2",
-        "tokenizers",
+        "tokenizers>=0.20",
+        "orjson",
+        "pyarrow",
         "tqdm",
         "tensorboard",
         "matplotlib",
@@ -26,6 +28,7 @@ setup(
         "dev": [
             "pytest",
             "hypothesis",
+            "tiktoken",
             "ruff",
             "mypy",
             "safetensors",
@@ -33,6 +36,7 @@ setup(
             "types-tqdm",
             "types-psutil",
         ],
+        "tiktoken": ["tiktoken"],
         "wandb": ["wandb"],
     },
 )

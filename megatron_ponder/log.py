@@ -41,14 +41,17 @@ def configure() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
 
 
-def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
+def progress(
+    total: int | None, description: str, unit: str, initial: int = 0, unit_scale: bool = False
+) -> tqdm:
     """A progress bar with rate and remaining time on rank 0; silent on the others.
 
     Args:
-        total: units in the whole task.
+        total: units in the whole task; None: nobody knows.
         description: what is going on.
         unit: name of one unit.
         initial: units done before.
+        unit_scale: write large numbers with k, M, G.
     """
     interval_s = 0.1 if sys.stderr.isatty() else PROGRESS_INTERVAL_S
     return tqdm(
@@ -56,6 +59,7 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
         initial=initial,
         desc=description,
         unit=unit,
+        unit_scale=unit_scale,
         mininterval=interval_s,
         disable=_rank() != 0,
     )

@@ -4,7 +4,9 @@
         --tokenizer-model tokenizer.model --append-eod --workers 8
 
 writes data/corpus_text_document.bin and .idx, which training takes as
---data-path data/corpus_text_document. A damaged corpus stops with file, line and reason.
+--data-path data/corpus_text_document, and data/corpus.manifest.json. Documents read are documents
+written and rejected; a damaged corpus stops with file, line and reason. A run that was stopped goes
+on when the same command is given again.
 """
 
 import sys
@@ -24,13 +26,14 @@ def main() -> None:
 
     config = tyro.cli(PreprocessConfig, description=__doc__)
     summary = preprocess(config)
+    rejected = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.rejected.items()))
     print(
         f"{summary.num_read} documents read = {summary.num_written} written "
-        f"+ {summary.num_empty} empty"
+        f"+ {summary.num_rejected} rejected{f' ({rejected})' if rejected else ''}"
     )
-    for key, num_tokens in summary.num_tokens.items():
-        prefix = f"{config.output_prefix}_{key}_document"
-        print(f"{prefix}: {num_tokens} tokens from {summary.num_input_bytes} bytes of input")
+    for name, num_tokens in summary.num_tokens.items():
+        prefix = f"{config.output_prefix}_{name}"
+        print(f"{prefix}: {num_tokens} tokens from {summary.num_text_bytes} bytes of input")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from megatron_ponder.errors import exit_on_user_error
 @exit_on_user_error
 def main() -> None:
     """Parse flags and train."""
+    from megatron_ponder import log
+
+    log.configure()
     from megatron_ponder.data.sentencepiece_training import (
         TokenizerTrainingConfig,
         train_sentencepiece,
@@ -23,6 +26,8 @@ def main() -> None:
 
     config = tyro.cli(TokenizerTrainingConfig, description=__doc__)
     train_sentencepiece(config)
+    if config.hf_output:
+        print(f"{config.hf_output}: the same tokenizer for Hugging Face")
     print(f"{config.output}: {config.vocab_size} pieces")
 
 

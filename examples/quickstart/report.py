@@ -32,6 +32,8 @@ from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
 
 COLORS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#7c3aed")
 INK = "#1f2937"
+MAX_EXPLAINED = 2
+"""Models whose training curves the legend names; those of more would cover the picture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,8 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
             ):
                 tokens, flops, losses = result.curve(split)
                 label = f"{result.name}, " + ("validation" if split == "valid" else "training")
+                if len(results) > MAX_EXPLAINED and split == "train":
+                    label = "_"  # matplotlib leaves it out of the legend
                 axes[0].plot([n / 1e6 for n in tokens], losses, color=color, label=label, **look)
                 axes[1].plot([n / 1e12 for n in flops], losses, color=color, **look)
         axes[0].set(xlabel="training tokens (millions)", ylabel="loss per token (nats)")

@@ -1,12 +1,13 @@
-"""Pretrains two small language models on this machine and compares them: `make quickstart`.
+"""Pretrains small language models on this machine and compares them: `make quickstart`.
 
-    python examples/quickstart/run.py [--folder runs/quickstart] [--fresh]
+    python examples/quickstart/run.py [--folder runs/quickstart] [--methods all] [--fresh]
 
 Needs no network and no GPU. Makes a corpus from the Python standard library, a tokenizer and
-indexed datasets from the corpus, trains each method on the same batches through torchrun on 2
-processes, evaluates both on held-out files, and shows loss curves, a table and samples. Every
-command it runs is kept in the log of its step. It can be interrupted at any time: the same command
-goes on, and skips what is done. The settings of the models are in pretrain.yaml beside this file.
+indexed datasets from the corpus, trains each method (two, or with --methods all five) on the same
+batches through torchrun on 2 processes, evaluates all on held-out files, and shows loss curves, a
+table and samples. Every command it runs is kept in the log of its step. It can be interrupted at
+any time: the same command goes on, and skips what is done, also what was done for other --methods.
+The settings of the models are in pretrain.yaml beside this file.
 """
 
 import importlib.util

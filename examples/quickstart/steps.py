@@ -13,6 +13,9 @@ from processes import run_tool
 from training import TrainingRun, train
 from workflow import Step
 
+from megatron_ponder.data.sentencepiece_training import PAUSE_ID
+from megatron_ponder.errors import ConfigError
+
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[1] / "tools"
 NUM_PROCESSES = 2
@@ -32,6 +35,8 @@ class Options:
     """The corpus is made of the Python sources in this folder."""
     vocab_size: int = 2048
     """Pieces of the tokenizer."""
+    methods: str = "vanilla,ponderlm2"
+    """Methods to compare, separated by commas, the first against the others; or all."""
     fresh: bool = False
     """Forget what was done before and do everything again."""
 
@@ -67,7 +72,48 @@ CONTESTANTS = (
         train_estimate_s=230,
         evaluate_estimate_s=40,
     ),
+    # With K = 3, as in the paper's comparison: four vanilla forwards each.
+    Contestant(
+        name="ponderlm",
+        title="PonderLM",
+        flags=("--method", "ponderlm", "--num-latent-thoughts", "3"),
+        train_estimate_s=200,
+        evaluate_estimate_s=30,
+    ),
+    Contestant(
+        name="loop",
+        title="loop",
+        flags=("--method", "loop", "--num-latent-thoughts", "3"),
+        train_estimate_s=130,
+        evaluate_estimate_s=25,
+    ),
+    Contestant(
+        name="pause",
+        title="pause",
+        flags=(
+            *("--method", "pause", "--num-latent-thoughts", "3"),
+            *("--pause-token-id", str(PAUSE_ID)),
+        ),
+        train_estimate_s=130,
+        evaluate_estimate_s=25,
+    ),
 )
+
+
+def chosen_contestants(methods: str) -> tuple[Contestant, ...]:
+    """Those that --methods names, in the order of CONTESTANTS.
+
+    Raises:
+        ConfigError: a name that is none of them, or no name.
+    """
+    by_name = {contestant.name: contestant for contestant in CONTESTANTS}
+    wanted = list(by_name) if methods == "all" else [m.strip() for m in methods.split(",")]
+    if unknown := [name for name in wanted if name not in by_name]:
+        raise ConfigError(
+            f"--methods {methods}: no method {', '.join(map(repr, unknown))} here. Give some of "
+            f"{','.join(by_name)}, or all."
+        )
+    return tuple(contestant for name, contestant in by_name.items() if name in wanted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,12 +170,13 @@ class Quickstart:
         self._options = options
         self._files = Files(folder=options.folder)
         self._lock = lock
+        self._contestants = chosen_contestants(options.methods)
 
     def steps(self) -> list[Step]:
         """All steps in order."""
         data = self._data_steps()
         trainings, checks = [], []
-        for contestant in CONTESTANTS:
+        for contestant in self._contestants:
             training = self._training_step(contestant, data[-1])
             trainings.append(training)
             checks += self._check_steps(contestant, training)
@@ -137,7 +184,7 @@ class Quickstart:
             name="report",
             title="loss curves and table",
             estimate_s=3,
-            settings={"titles": [c.title for c in CONTESTANTS]},
+            settings={"titles": [c.title for c in self._contestants]},
             inputs=[HERE / "report.py"],
             after=checks,
             outputs=[self._files.curves, self._files.report],
@@ -244,7 +291,7 @@ class Quickstart:
         """tools/train_tokenizer.py."""
         flags = ["--input", str(self._files.corpus("train"))]
         flags += ["--output", str(self._files.tokenizer), "--overwrite"]
-        flags += ["--vocab-size", str(self._options.vocab_size)]
+        flags += ["--vocab-size", str(self._options.vocab_size), "--pause-piece", "<pause>"]
         return self._tool("tokenizer", ["train_tokenizer.py", *flags]).strip()
 
     def _preprocess(self) -> str:
@@ -294,7 +341,7 @@ class Quickstart:
                 self._files.evaluation(contestant),
                 self._files.sample(contestant),
             )
-            for contestant in CONTESTANTS
+            for contestant in self._contestants
         ]
         draw_curves(results, self._files.curves)
         write_report(results, self._files.report)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from megatron_ponder.config.schema import TokenizerType
 from megatron_ponder.errors import ConfigError
 
 
@@ -63,3 +64,43 @@ class PipelineBenchmarkOptions:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} {getattr(self, name)}: must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessBenchmarkOptions:
+    """What is tokenized, with what, how often."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    input: tuple[str, ...] = ()
+    """Files, folders or globs as tools/preprocess_data.py takes them. None: the text of the running
+    Python's standard library."""
+    max_bytes: int = 50_000_000
+    """Use no more than about this much text."""
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
+    """As in training."""
+    tokenizer_model: str | None = None
+    """As in training. None: a SentencePiece model that is trained on some of the text."""
+    vocab_size: int = 16_000
+    """Pieces of the model that is trained."""
+    word_cache: bool = False
+    """Measure --word-cache too."""
+    workers: tuple[int, ...] = (1, 2)
+    """Numbers of workers to measure."""
+    rounds: int = 3
+    """Times that each side runs, in turns; medians are told."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: a number too small, or a tokenizer without its model.
+        """
+        for name in ("max_bytes", "rounds", "vocab_size"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)}: must be at least 1.")
+        if not self.workers or any(number < 1 for number in self.workers):
+            raise ConfigError("--workers: every number must be at least 1.")
+        if self.tokenizer_type != "SentencePieceTokenizer" and self.tokenizer_model is None:
+            raise ConfigError(f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model.")

@@ -1,5 +1,8 @@
 """What differs between the run that wrote a checkpoint and the run that loads it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import RunConfig
 
@@ -32,6 +35,9 @@ RUN_SETTINGS = frozenset(
 """Settings, besides those of checkpoints and logging, that do not change what is computed."""
 
 
+REPEATED_SAMPLES = "samples_of_repeated_data"
+
+
 def shape_differences(stored: RunConfig, ours: RunConfig) -> list[str]:
     """Settings that make the stored weights unusable, one line each; both configs resolved."""
     before, now = stored.to_flat_dict(), ours.to_flat_dict()
@@ -50,6 +56,22 @@ def other_differences(stored: RunConfig, ours: RunConfig) -> list[str]:
     silent = RUN_SETTINGS.union(vars(ours.checkpoint), vars(ours.logging))
     differences = [_line(name, before[name], now[name]) for name in now if name not in silent]
     return [difference for difference in differences if difference]
+
+
+def data_differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What makes the position in the stored run's data mean something else in ours, a line each.
+
+    A checkpoint that does not know its data (an earlier version's) has no difference. Another
+    number of samples is none either: a run may be made longer.
+    """
+    if not stored:
+        return []
+    return [
+        difference
+        for name in ours
+        if name != REPEATED_SAMPLES
+        and (difference := _line(name.replace("_", " "), stored.get(name), ours[name]))
+    ]
 
 
 def _line(name: str, before: object, now: object) -> str:

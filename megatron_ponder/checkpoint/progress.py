@@ -20,6 +20,9 @@ class Progress:
     """Sums over the iterations since the last log line, so that the first line after a resume
     averages over what it would have without the stop."""
 
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fingerprint of the training data that `consumed_samples` counts in. Empty: not known."""
+
     @property
     def updates(self) -> int:
         """Optimizer steps that were made."""

@@ -18,7 +18,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ponder.checkpoint import layout
-from megatron_ponder.checkpoint.comparison import other_differences, shape_differences
+from megatron_ponder.checkpoint.comparison import (
+    REPEATED_SAMPLES,
+    data_differences,
+    other_differences,
+    shape_differences,
+)
 from megatron_ponder.checkpoint.optimizer_state import load_optimizer, optimizer_request
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.rng import reseed, restore_random_state
@@ -80,11 +85,20 @@ def load_checkpoint(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    data: dict[str, Any] | None = None,
 ) -> Progress:
     """Put model, optimizer, schedule and random generators where `checkpoint` left them.
 
     With --finetune only the weights are loaded. Settings of this run beat those of the checkpoint;
     the ones that differ are logged.
+
+    Args:
+        config: resolved.
+        checkpoint: from `find_checkpoint`.
+        chunks: changed in place, like the two below.
+        optimizer: of the chunks.
+        scheduler: of the optimizer.
+        data: fingerprint of this run's training data; None: do not compare it.
 
     Returns:
         How far the run has come; all zero with --finetune.
@@ -98,12 +112,15 @@ def load_checkpoint(
         load_weights(checkpoint, modules, config)
         optimizer.reload_model_params()
         logger.info("loaded weights of %s; everything else starts afresh", checkpoint)
-        return Progress()
+        return Progress(data=data or {})
     _check_shape(checkpoint, stored, config)
     for difference in other_differences(stored, config):
         logger.info("setting changed since the checkpoint: %s", difference)
     plain = _read_plain(checkpoint)
     progress = Progress(**plain["progress"])
+    if data is not None and progress.iteration < config.training.train_iters:
+        _check_data(checkpoint, progress.data, data, config.checkpoint.override_data)
+        progress.data = data
     here = ranks()
     is_same_layout = plain["layout"] == layout_of(here)
 
@@ -152,6 +169,30 @@ def _check_shape(checkpoint: Path, stored: RunConfig, config: RunConfig) -> None
             f"{checkpoint} holds a model of another shape: {'; '.join(differences)}. Use the "
             "checkpoint's settings, or start without --load."
         )
+
+
+def _check_data(
+    checkpoint: Path, stored: dict[str, Any], ours: dict[str, Any], is_overridden: bool
+) -> None:
+    """Refuse to go on at a position in other data, unless told to."""
+    samples = stored.get(REPEATED_SAMPLES), ours.get(REPEATED_SAMPLES)
+    if stored and samples[0] != samples[1]:
+        logger.warning(
+            "the data is repeated, and its order depends on the number of samples in the run (%s "
+            "in the checkpoint, %s now): from here on it is another order",
+            *samples,
+        )
+    differences = "; ".join(data_differences(stored, ours))
+    if not differences:
+        return
+    if not is_overridden:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other data, or in another order: {differences}. Its "
+            "position there means nothing here. Give the run's data and settings again, "
+            "--override-data to go on at the same number of samples anyway, or --finetune to start "
+            "afresh from its weights."
+        )
+    logger.warning("--override-data: the data is not the checkpoint's: %s", differences)
 
 
 def _read_plain(checkpoint: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ PYTHIA: Preset = {
     "min_jacobi_iterations": 2,
     "max_jacobi_iterations": 4,
     "small_init_depth_counts_thoughts": True,
+    "pause_always_scales": False,
+    "pause_init_method": "normal",
 }
 GPT2: Preset = {
     "architecture": "gpt2",

@@ -18,6 +18,9 @@ from megatron_ponder.config.layout import (
 from megatron_ponder.config.schema import ModelConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 
+PAUSE_TOKEN_ID = 50288
+"""The authors' pause token: a row of GPT-NeoX's padded vocabulary that no text gives."""
+
 
 def resolve(
     config: RunConfig, *, world_size: int, tokenizer_vocab_size: int | None = None
@@ -69,7 +72,23 @@ def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None
         "lr_wsd_decay_iters": decay_iters // 10,
     }
     given = config.to_flat_dict()
-    return config.replaced(**{k: v for k, v in defaults.items() if given[k] is None})
+    config = config.replaced(**{k: v for k, v in defaults.items() if given[k] is None})
+    if config.method.reads_pause_token and config.method.pause_token_id is None:
+        return _with_pause_row(config, tokenizer_vocab_size or 0)
+    return config
+
+
+def _with_pause_row(config: RunConfig, tokenizer_vocab_size: int) -> RunConfig:
+    """The row of the pause token: the authors' if it is there and no text uses it, else a new one.
+
+    A new one is a real row, not one of the padding, which an export leaves out.
+    """
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        return config
+    if tokenizer_vocab_size <= PAUSE_TOKEN_ID < vocab_size:
+        return config.replaced(pause_token_id=PAUSE_TOKEN_ID)
+    return config.replaced(pause_token_id=vocab_size, vocab_size=vocab_size + 1)
 
 
 def _sizes(config: RunConfig) -> Iterator[str]:
@@ -91,6 +110,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "decoder_last_pipeline_num_layers",
         "context_parallel_size",
         "jacobi_grad_passes",
+        "interpolation_topk",
         "recompute_num_layers",
         "distributed_timeout_minutes",
         "seq_length",
@@ -110,6 +130,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "num_latent_thoughts",
         "num_jacobi_iterations",
         "min_jacobi_iterations",
+        "pause_token_id",
         "num_workers",
         "seed",
         "eval_interval",
@@ -181,6 +202,14 @@ def _method(config: RunConfig) -> Iterator[str]:
             f"--min-jacobi-iterations {method.min_jacobi_iterations} is above "
             f"--max-jacobi-iterations {method.max_jacobi_iterations}."
         )
+    vocab_size, pause = config.model.vocab_size, method.pause_token_id
+    if vocab_size is None or pause is None or not method.reads_pause_token:
+        return
+    if pause >= vocab_size:
+        yield (
+            f"--pause-token-id {pause}: not in the vocabulary of {vocab_size}. Give a row that no "
+            "text uses, or leave it out: then one is added."
+        )
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:
@@ -218,6 +247,17 @@ def _data(config: RunConfig) -> Iterator[str]:
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         if problem := _blend_problem(getattr(data, name)):
             yield f"{flag_of(name)} {' '.join(getattr(data, name))}: {problem}"
+    for name in ("reset_position_ids", "reset_attention_mask"):
+        if getattr(data, name):
+            yield (
+                f"{flag_of(name)}: attention here sees the whole sequence, also documents before "
+                "and their thoughts, so that documents in a sequence cannot be kept apart. Leave "
+                "it out; --eod-mask-loss keeps a document's first token out of the loss."
+            )
+    if data.instruction_data and not data.eod_as_target:
+        yield "--no-eod-as-target: with --instruction-data a model must learn to end a response."
+    if data.multiple_validation_sets and not data.valid_data_path:
+        yield "--multiple-validation-sets needs --valid-data-path."
     shares = data.split.split(",")
     if len(shares) != 3 or not all(_is_number(s) for s in shares) or sum(map(float, shares)) <= 0:
         yield f"--split {data.split}: must be three shares that are not all 0, e.g. 969,30,1."

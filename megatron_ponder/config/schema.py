@@ -10,6 +10,10 @@ behind it never meets a `None` that it has to interpret. Checks across fields li
 import dataclasses
 from typing import Any, Literal
 
+TokenizerType = Literal[
+    "SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer"
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -72,9 +76,11 @@ class MethodConfig:
     """What is computed for each token. docs/methods.md explains the methods."""
 
     method: str = "ponderlm2"
-    """Training method: ponderlm2, vanilla, or the dotted name of a module that defines one."""
+    """Training method: ponderlm2, ponderlm, loop, pause, vanilla, or the dotted name of a module
+    that defines one."""
     num_latent_thoughts: int = 1
-    """K: latent thoughts emitted before each token. 0: a plain language model."""
+    """K: latent thoughts emitted before each token (ponderlm2), extra passes (ponderlm, loop), or
+    pause tokens behind each token (pause). 0: a plain language model."""
     num_jacobi_iterations: int = 3
     """R: rounds that refine all thoughts in parallel (evaluation; training unless random)."""
     random_jacobi_iterations: bool = False
@@ -85,11 +91,39 @@ class MethodConfig:
     max_jacobi_iterations: int = 3
     """Largest R that is drawn (the reference: 3 for Llama, 4 for GPT-NeoX)."""
     scale_embeds: bool = True
-    """Multiply token embeddings by sqrt(2.5 x hidden_size); thoughts and head are not scaled.
-    vanilla ignores it."""
+    """Multiply token embeddings by sqrt(2.5 x hidden_size), or by sqrt(hidden_size) with
+    --interpolation and for ponderlm and pause; hidden states that are fed back and the head are not
+    scaled. vanilla ignores it, loop always scales."""
+    interpolation: bool = False
+    """ponderlm2: feed back the mixture of embeddings by the predicted probabilities instead of the
+    hidden state. ponderlm always does."""
+    interpolation_use_topk: bool = False
+    """Mix only the likeliest embeddings of each slot, their probabilities renormalised."""
+    interpolation_topk: int = 100
+    """How many those are."""
+    residual_interpolated_embeds: bool = False
+    """ponderlm: add each mixture to the input of the pass before it, not to the token embeddings
+    (the paper's form; the name is the authors' code's)."""
+    ponderlm_feedback: Literal["mixture", "hidden"] = "mixture"
+    """ponderlm: what is added between passes. hidden: the normed hidden state, to the input of the
+    pass before, nothing scaled, as in the authors' GPT-NeoX file."""
+    pause_token_id: int | None = None
+    """pause: the vocabulary row of the pause token. None: 50288 where the vocabulary has it and the
+    tokenizer does not use it, else one row is added behind the vocabulary."""
+    pause_always_scales: bool = True
+    """pause: scale embeddings whatever --scale-embeds says (the reference: Llama yes, GPT-NeoX
+    no)."""
+    pause_init_method: Literal["normal", "small"] = "small"
+    """pause: initialisation where --init-method says nothing (the reference: Llama small, GPT-NeoX
+    normal)."""
     jacobi_grad_passes: int | None = None
     """Backpropagate through the last n passes only; the carry into them counts as a constant. None:
     through all, as the paper does. Less memory and time, another gradient."""
+
+    @property
+    def reads_pause_token(self) -> bool:
+        """Whether the vocabulary must have a row for the pause token."""
+        return self.method == "pause"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,13 +179,25 @@ class DataConfig:
     """Like --data-path, for the test after training only."""
     data_cache_path: str | None = None
     """Folder for sample and shuffle indexes. None: a folder 'cache' beside the first dataset."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = (
-        "SentencePieceTokenizer"
-    )
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
     """Kind of --tokenizer-model: a SentencePiece .model file, a tokenizers JSON file (or the folder
-    that holds one), or none (ids only; needs --vocab-size, whose last id ends documents)."""
+    that holds one), the JSON description of a tiktoken vocabulary, or none (ids only; needs
+    --vocab-size, whose last id ends documents)."""
     tokenizer_model: str | None = None
     """Path of the tokenizer."""
+    eod_mask_loss: bool = False
+    """Leave the token behind the end of a document out of the loss, as in Megatron-LM."""
+    eod_as_target: bool = True
+    """Learn to predict the end of a document. The paper's code never does: --no-eod-as-target."""
+    reset_position_ids: bool = False
+    """Not supported: positions run through a whole sequence of packed documents."""
+    reset_attention_mask: bool = False
+    """Not supported: attention sees the whole sequence, documents before included."""
+    instruction_data: bool = False
+    """The datasets were written with --instruction-data: conversations are packed whole, and only
+    responses take part in the loss."""
+    multiple_validation_sets: bool = False
+    """Evaluate on each dataset of --valid-data-path by itself, instead of on their blend."""
     seq_length: int = 2048
     """Tokens per training sequence (slots are K+1 times as many)."""
     num_workers: int = 2
@@ -235,6 +281,8 @@ class CheckpointConfig:
     """Load this iteration instead of the latest."""
     keep_checkpoints: int | None = None
     """Keep only the newest n checkpoints. None: all."""
+    override_data: bool = False
+    """Go on although data, blend, order, tokenizer or sequence length are not the checkpoint's."""
     finetune: bool = False
     """Load the weights only: iteration, optimizer, schedule, RNG and data position start afresh."""
 

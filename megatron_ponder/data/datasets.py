@@ -1,24 +1,39 @@
 """Training, validation and test sequences on megatron-core's blended GPT datasets.
 
 Documents are concatenated (they end with the tokenizer's end id), cut into sequences of seq_length
-tokens, and shuffled by megatron-core, which keeps the indexes in a cache. There is no masking
-between documents. Left out: loading (loader.py).
+tokens, and shuffled by megatron-core, whose indexes are kept in a cache (index_cache.py). There is
+no masking between documents. Left out: loading (loader.py).
 """
 
+import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_ponder.config.schema import DataConfig, RunConfig
+from megatron_ponder.data.fingerprint import data_fingerprint, dataset_digest, is_repeated
+from megatron_ponder.data.index_cache import build_once
 from megatron_ponder.data.indexed import IndexedDatasetSize, check_indexed_dataset
+from megatron_ponder.data.instruction_dataset import InstructionDataset, check_instruction_dataset
 from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import DataError
 
 Blend = tuple[list[str], list[float] | None]
 Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
+Sizes = dict[str, IndexedDatasetSize]
+
+
+def num_samples_needed(config: RunConfig) -> tuple[int, int, int]:
+    """Sequences that training, one validation and the test of a resolved run read."""
+    training = config.training
+    assert training.global_batch_size is not None
+    num_evaluation = training.eval_iters * training.global_batch_size
+    return training.train_iters * training.global_batch_size, num_evaluation, num_evaluation
 
 
 def build_datasets(
@@ -33,7 +48,7 @@ def build_datasets(
             it is repeated, shuffled anew.
 
     Returns:
-        Train, valid and test; None where there is no data for it.
+        Train, valid and test; None where there is no data for it, or none is wanted.
 
     Raises:
         DataError: files are missing or damaged, or a split has no document.
@@ -44,25 +59,175 @@ def build_datasets(
     blends = [_with_weights(blend, sizes) if blend else None for blend in blends]
     if data.data_path:
         _check_splits(data, num_samples, sizes)
-    first_prefix = next(iter(sizes))
-    dataset_config = GPTDatasetConfig(
-        random_seed=config.training.seed,
-        sequence_length=data.seq_length,
-        blend=blends[0] if data.data_path else None,
-        blend_per_split=None if data.data_path else blends,
-        split=data.split if data.data_path else None,
-        path_to_cache=data.data_cache_path or str(Path(first_prefix).parent / "cache"),
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
+    return _build(config, tokenizer, blends, sizes, num_samples)
+
+
+def build_validation_sets(
+    config: RunConfig, tokenizer: Tokenizer, num_samples: int
+) -> dict[str, Dataset]:
+    """Each dataset of --valid-data-path by itself, by its name; weights mean nothing here.
+
+    Raises:
+        DataError: as `build_datasets`; or two have the same name.
+    """
+    prefixes, _ = _parse_blend(config.data.valid_data_path)
+    names = [Path(prefix).name for prefix in prefixes]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"--valid-data-path {' '.join(prefixes)}: two datasets have the same name, by which "
+            "--multiple-validation-sets reports them; rename one."
+        )
+    sets = {}
+    for name, prefix in zip(names, prefixes, strict=True):
+        sizes = {prefix: check_indexed_dataset(prefix)}
+        blends: list[Blend | None] = [None, ([prefix], None), None]
+        _, valid, _ = _build(config, tokenizer, blends, sizes, (0, num_samples, 0))
+        assert valid is not None
+        sets[name] = valid
+    return sets
+
+
+def training_fingerprint(
+    config: RunConfig, tokenizer: Tokenizer, train: Dataset | None, num_samples: int
+) -> dict[str, Any]:
+    """What a run that goes on must find unchanged; see fingerprint.py.
+
+    Args:
+        config: resolved.
+        tokenizer: the run's.
+        train: from `build_datasets`.
+        num_samples: sequences that training reads.
+    """
+    blend = _blends(config.data)[0]
+    assert blend is not None
+    inner = train.inner if isinstance(train, _WithoutEndTargets) else train
+    return data_fingerprint(config, tokenizer, blend, num_samples, is_repeated(inner))
+
+
+class _WithoutEndTargets(Dataset):
+    """Samples whose loss leaves out predicting the end of a document."""
+
+    def __init__(self, inner: Dataset, eod: int) -> None:
+        self.inner, self._eod = inner, eod
+
+    def __len__(self) -> int:
+        return len(self.inner)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.inner[index]
+        return {**sample, "loss_mask": sample["loss_mask"] * (sample["labels"] != self._eod)}
+
+
+def _build(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    blends: list[Blend | None],
+    sizes: Sizes,
+    num_samples: tuple[int, int, int],
+) -> Datasets:
+    """The datasets of checked blends."""
+    if config.data.instruction_data:
+        return _instruction_datasets(config, tokenizer, blends, sizes, num_samples)
+    train, valid, test = _document_datasets(config, tokenizer, blends, num_samples)
+    if config.data.eod_as_target:
+        return train, valid, test
+    return tuple(  # type: ignore[return-value]
+        None if dataset is None else _WithoutEndTargets(dataset, tokenizer.eod)
+        for dataset in (train, valid, test)
     )
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, list(num_samples), lambda: True, dataset_config
-    )
-    train, valid, test = builder.build()
-    return train, valid, test
+
+
+def _document_datasets(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    blends: list[Blend | None],
+    num_samples: tuple[int, int, int],
+) -> Datasets:
+    """By megatron-core, with indexes that are built once."""
+    data = config.data
+    blend_options: dict[str, Any] = {"blend": blends[0], "split": data.split}
+    if not data.data_path:
+        wanted = [b if n else None for b, n in zip(blends, num_samples, strict=True)]
+        blend_options = {"blend_per_split": wanted, "split": None}
+    prefixes = _prefixes(blends)
+
+    def build(cache: str) -> Datasets:
+        dataset_config = GPTDatasetConfig(
+            random_seed=config.training.seed,
+            sequence_length=data.seq_length,
+            path_to_cache=cache,
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=data.eod_mask_loss,
+            create_attention_mask=False,
+            **blend_options,
+        )
+        for split in Split:
+            # A split of which nothing is wanted is not built: where it has no document either,
+            # megatron-core would repeat it forever to get the one token it wants at least.
+            if num_samples[split.value] == 0 and dataset_config.split_matrix is not None:
+                dataset_config.split_matrix[split.value] = None
+        train, valid, test = BlendedMegatronDatasetBuilder(
+            GPTDataset, list(num_samples), lambda: True, dataset_config
+        ).build()
+        return train, valid, test
+
+    settings = {
+        "prefixes": prefixes,
+        "content": [dataset_digest(prefix) for prefix in prefixes],
+        "blends": blend_options,
+        "num_samples": num_samples,
+        "seq_length": data.seq_length,
+        "seed": config.training.seed,
+        "tokenizer": sorted(tokenizer.unique_identifiers.items()),
+        "megatron-core": importlib.metadata.version("megatron-core"),
+    }
+    cache = Path(data.data_cache_path or Path(prefixes[0]).parent / "cache")
+    return build_once(cache, settings, build)
+
+
+def _instruction_datasets(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    blends: list[Blend | None],
+    sizes: Sizes,
+    num_samples: tuple[int, int, int],
+) -> Datasets:
+    """Packed conversations; a split has one dataset."""
+    data = config.data
+    for prefix in _prefixes(blends):
+        check_instruction_dataset(prefix)
+    if any(blend is not None and len(blend[0]) > 1 for blend in blends):
+        raise DataError(
+            "--instruction-data takes one dataset for each split; join them with "
+            "tools/merge_datasets.py (ids and loss masks alike)."
+        )
+    bounds = _bounds(data.split)
+    built: list[Dataset | None] = []
+    for split in Split:
+        blend = blends[0] if data.data_path else blends[split.value]
+        if blend is None or num_samples[split.value] == 0:
+            built.append(None)
+            continue
+        (prefix,) = blend[0]
+        documents = range(sizes[prefix].num_documents)
+        if data.data_path:
+            documents = _documents_of(bounds, split, sizes[prefix])
+        if not documents:  # a share of 0
+            built.append(None)
+            continue
+        built.append(
+            InstructionDataset(
+                prefix,
+                documents=documents,
+                num_samples=num_samples[split.value],
+                seq_length=data.seq_length,
+                seed=config.training.seed,
+                pad=tokenizer.eod,
+            )
+        )
+    return built[0], built[1], built[2]
 
 
 def _blends(data: DataConfig) -> list[Blend | None]:
@@ -86,7 +251,7 @@ def _parse_blend(path: tuple[str, ...]) -> Blend:
     return list(path[1::2]), weights
 
 
-def _with_weights(blend: Blend, sizes: dict[str, IndexedDatasetSize]) -> Blend:
+def _with_weights(blend: Blend, sizes: Sizes) -> Blend:
     """Several prefixes without weights are drawn from in proportion to their tokens.
 
     (megatron-core would stop after one pass over them.) A single one is not blended at all.
@@ -102,19 +267,28 @@ def _prefixes(blends: list[Blend | None]) -> list[str]:
     return list(dict.fromkeys(prefix for blend in blends if blend for prefix in blend[0]))
 
 
-def _check_splits(
-    data: DataConfig, num_samples: tuple[int, int, int], sizes: dict[str, IndexedDatasetSize]
-) -> None:
+def _check_splits(data: DataConfig, num_samples: tuple[int, int, int], sizes: Sizes) -> None:
     """Refuse splits that want documents and get none; megatron-core would look for them forever."""
-    shares = [float(share) for share in data.split.split(",")]
-    bounds = [sum(shares[:i]) / sum(shares) for i in range(len(shares) + 1)]
+    bounds = _bounds(data.split)
     for prefix, size in sizes.items():
         for split in Split:
             begin, end = bounds[split.value], bounds[split.value + 1]
-            num_documents = round(end * size.num_documents) - round(begin * size.num_documents)
+            num_documents = len(_documents_of(bounds, split, size))
             if end > begin and num_documents == 0 and num_samples[split.value] > 0:
                 raise DataError(
                     f"{prefix}: {size.num_documents} documents are too few for --split "
                     f"{data.split}: {split.name} gets none. Give {split.name} a larger share or 0, "
                     "or set --eval-iters 0."
                 )
+
+
+def _bounds(split: str) -> list[float]:
+    """Where the splits begin and end, from 0 to 1."""
+    shares = [float(share) for share in split.split(",")]
+    return [sum(shares[:i]) / sum(shares) for i in range(len(shares) + 1)]
+
+
+def _documents_of(bounds: list[float], split: Split, size: IndexedDatasetSize) -> range:
+    """The documents of a split, cut as megatron-core cuts them."""
+    begin, end = bounds[split.value], bounds[split.value + 1]
+    return range(round(begin * size.num_documents), round(end * size.num_documents))

@@ -1,14 +1,17 @@
-"""Strict checks of an indexed dataset's files, before megatron-core maps them into memory.
+"""The files of an indexed dataset: written, and checked before megatron-core maps them into memory.
 
 The format is Megatron-LM's. PREFIX.idx: magic (9 bytes), version (uint64), dtype code (uint8),
 number of sequences n (uint64), number of document boundaries m (uint64), lengths (int32 [n]), byte
 offsets (int64 [n]), document boundaries (int64 [m], from 0 to n). PREFIX.bin: the token ids.
+Everything is done in pieces, so that an index of billions of documents needs little memory.
 """
 
 import dataclasses
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy
 
@@ -17,8 +20,18 @@ from megatron_ponder.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
-"""Bytes per id by dtype code; the floating-point codes 6 and 7 cannot hold ids."""
+DTYPES: dict[int, type[numpy.number]] = {
+    1: numpy.uint8,
+    2: numpy.int8,
+    3: numpy.int16,
+    4: numpy.int32,
+    5: numpy.int64,
+    8: numpy.uint16,
+}
+"""Types of ids by code; the floating-point codes 6 and 7 cannot hold ids."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PIECE_ITEMS = 1 << 20
+"""Entries of an index that are looked at together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,20 +42,66 @@ class IndexedDatasetSize:
     num_tokens: int
 
 
-def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
-    """Check PREFIX.idx and PREFIX.bin against each other.
+@dataclasses.dataclass(frozen=True)
+class IndexFile:
+    """The parts of a .idx, mapped into memory."""
+
+    dtype: type[numpy.number]
+    lengths: numpy.ndarray
+    offsets: numpy.ndarray
+    boundaries: numpy.ndarray
+
+
+class IndexPart(Protocol):
+    """Consecutive sequences of an index that is to be written; asked for each thing in turn."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in it."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in it."""
+
+    def lengths(self) -> numpy.ndarray:
+        """Tokens of each sequence, int32."""
+
+    def ends(self) -> numpy.ndarray:
+        """Number of sequences at the end of each document, counted from the part's begin."""
+
+
+def write_index(path: Path, dtype: type[numpy.number], parts: Sequence[IndexPart]) -> None:
+    """Write a .idx as megatron-core's IndexedDatasetBuilder does."""
+    num_sequences = sum(part.num_sequences for part in parts)
+    num_documents = sum(part.num_documents for part in parts)
+    token_bytes = numpy.dtype(dtype).itemsize
+    with path.open("wb") as file:
+        code = CODES[dtype]
+        file.write(HEADER.pack(MAGIC, VERSION, code, num_sequences, num_documents + 1))
+        for part in parts:
+            for lengths in _pieces(part.lengths()):
+                file.write(lengths.astype("<i4").tobytes())
+        offset = 0
+        for part in parts:
+            for lengths in _pieces(part.lengths()):
+                ends = numpy.cumsum(lengths, dtype="<i8") * token_bytes + offset
+                file.write(numpy.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
+                offset = int(ends[-1])
+        file.write(numpy.zeros(1, "<i8").tobytes())
+        num_before = 0
+        for part in parts:
+            for boundaries in _pieces(part.ends()):
+                file.write((boundaries + num_before).astype("<i8").tobytes())
+            num_before += part.num_sequences
+
+
+def open_index(index: Path) -> IndexFile:
+    """Map a .idx into memory.
 
     Raises:
-        DataError: a file is missing, truncated, has trailing bytes, or contradicts the other.
+        DataError: it is missing, is none, or has another size than its header says.
     """
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for file in (index, data):
-        if not file.is_file():
-            raise DataError(
-                f"{file}: no such file. A dataset is named by its prefix, without .bin or .idx; "
-                "tools/preprocess_data.py writes one."
-            )
-    token_bytes, num_sequences, num_boundaries = _read_header(index)
+    dtype, num_sequences, num_boundaries = _read_header(index)
     expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
     if index.stat().st_size != expected:
         raise DataError(
@@ -50,34 +109,80 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
             "truncated or damaged; preprocess the corpus again."
         )
     content = numpy.memmap(index, mode="r", dtype=numpy.uint8, offset=HEADER.size)
-    lengths = content[: 4 * num_sequences].view("<i4")
-    offsets = content[4 * num_sequences : 12 * num_sequences].view("<i8")
-    boundaries = content[12 * num_sequences :].view("<i8")
-    ends = numpy.cumsum(lengths, dtype=numpy.int64) * token_bytes
-    if (lengths <= 0).any() or offsets[0] != 0 or (offsets[1:] != ends[:-1]).any():
-        raise DataError(f"{index}: lengths and offsets contradict each other; the file is damaged.")
-    is_whole = boundaries[0] == 0 and boundaries[-1] == num_sequences
-    if not is_whole or (numpy.diff(boundaries) <= 0).any():
-        raise DataError(f"{index}: its document boundaries are damaged.")
-    if os.path.getsize(data) != ends[-1]:
-        raise DataError(
-            f"{data}: {os.path.getsize(data)} bytes, but {index.name} describes {ends[-1]}. One of "
-            "them is truncated or belongs to another dataset; preprocess the corpus again."
-        )
-    return IndexedDatasetSize(
-        num_documents=num_boundaries - 1, num_tokens=int(ends[-1]) // token_bytes
+    return IndexFile(
+        dtype=dtype,
+        lengths=content[: 4 * num_sequences].view("<i4"),
+        offsets=content[4 * num_sequences : 12 * num_sequences].view("<i8"),
+        boundaries=content[12 * num_sequences :].view("<i8"),
     )
 
 
-def _read_header(index: Path) -> tuple[int, int, int]:
-    """Bytes per token, sequences, and document boundaries."""
+def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
+    """Check PREFIX.idx and PREFIX.bin against each other.
+
+    Raises:
+        DataError: a file is missing, truncated, has trailing bytes, or contradicts the other.
+    """
+    index, data = index_file(prefix), data_file(prefix)
+    for file in (index, data):
+        if not file.is_file():
+            raise DataError(
+                f"{file}: no such file. A dataset is named by its prefix, without .bin or .idx; "
+                "tools/preprocess_data.py writes one."
+            )
+    content = open_index(index)
+    token_bytes = numpy.dtype(content.dtype).itemsize
+    end = 0
+    for lengths, offsets in zip(_pieces(content.lengths), _pieces(content.offsets), strict=True):
+        ends = numpy.cumsum(lengths, dtype=numpy.int64) * token_bytes + end
+        if (lengths <= 0).any() or offsets[0] != end or (offsets[1:] != ends[:-1]).any():
+            raise DataError(
+                f"{index}: lengths and offsets contradict each other; the file is damaged."
+            )
+        end = int(ends[-1])
+    boundaries = content.boundaries
+    is_whole = boundaries[0] == 0 and boundaries[-1] == len(content.lengths)
+    steps = (numpy.diff(each) for each in _pieces(boundaries, overlap=1))
+    if not is_whole or any((step <= 0).any() for step in steps):
+        raise DataError(f"{index}: its document boundaries are damaged.")
+    if os.path.getsize(data) != end:
+        raise DataError(
+            f"{data}: {os.path.getsize(data)} bytes, but {index.name} describes {end}. One of "
+            "them is truncated or belongs to another dataset; preprocess the corpus again."
+        )
+    return IndexedDatasetSize(num_documents=len(boundaries) - 1, num_tokens=end // token_bytes)
+
+
+def index_file(prefix: str | Path) -> Path:
+    """PREFIX.idx."""
+    return Path(f"{prefix}.idx")
+
+
+def data_file(prefix: str | Path) -> Path:
+    """PREFIX.bin."""
+    return Path(f"{prefix}.bin")
+
+
+def map_ids(prefix: str, dtype: type[numpy.number]) -> numpy.ndarray:
+    """All ids of PREFIX.bin, mapped into memory."""
+    return numpy.memmap(data_file(prefix), mode="r", dtype=numpy.dtype(dtype).newbyteorder("<"))
+
+
+def _pieces(array: numpy.ndarray, overlap: int = 0) -> Iterator[Any]:
+    """An array in pieces; each begins with the last `overlap` entries of the one before."""
+    for start in range(0, len(array), PIECE_ITEMS):
+        yield array[max(start - overlap, 0) : start + PIECE_ITEMS]
+
+
+def _read_header(index: Path) -> tuple[type[numpy.number], int, int]:
+    """Type of the ids, sequences, and document boundaries."""
     with open(index, "rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise DataError(f"{index}: not the index of an indexed dataset, or truncated.")
     _, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
-    if version != VERSION or code not in TOKEN_BYTES:
+    if version != VERSION or code not in DTYPES:
         raise DataError(f"{index}: version {version} with dtype code {code} is not supported.")
     if num_sequences == 0 or num_boundaries < 2:
         raise DataError(f"{index}: the dataset is empty.")
-    return TOKEN_BYTES[code], num_sequences, num_boundaries
+    return DTYPES[code], num_sequences, num_boundaries

@@ -1,33 +1,56 @@
-"""A corpus becomes an indexed dataset: read, tokenize in several processes, write in order.
+"""A corpus becomes indexed datasets: read, tokenize in several processes, join in order.
 
-One process reads, workers decode and tokenize batches of documents, and this process writes results
-in the order of the input, so that the files are the same for any number of workers: the bytes that
-Megatron-LM's own tool writes. Files get their names only when they are complete.
+This process cuts the input into chunks, worker processes tokenize a chunk each and write it as a
+shard, and shards are joined without looking into them. Documents keep the order of the input, and
+the files are the same for any number of workers: the bytes that Megatron-LM's own tool writes. A
+run that was stopped goes on from its shards; outputs appear when everything is done. Imports no
+torch, so that workers are small and start at once.
 """
 
 import collections
-import concurrent.futures
 import dataclasses
+import functools
 import itertools
+import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from tqdm import tqdm
 
-from megatron_ponder.config.schema import DataConfig
-from megatron_ponder.data.readers import InputFormat, RawDocument, find_inputs, read_documents
+from megatron_ponder import log
+from megatron_ponder.config.schema import DataConfig, TokenizerType
+from megatron_ponder.data import manifest
+from megatron_ponder.data.conversations import ConversationEncoder
+from megatron_ponder.data.encoding import Encoder, Stream, TextEncoder
+from megatron_ponder.data.publishing import publish, refuse_existing, rejected_file, write_dataset
+from megatron_ponder.data.readers import (
+    DEFAULT_MAX_DOCUMENT_BYTES,
+    Chunk,
+    InputFormat,
+    ReadOptions,
+    format_of,
+    read_chunks,
+)
+from megatron_ponder.data.shards import Shard, ShardHeader, read_shard
+from megatron_ponder.data.sources import Source, find_inputs, total_bytes
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ponder.data.word_cache import word_cached
+from megatron_ponder.data.work_folder import WorkFolder, opened
+from megatron_ponder.data.workers import tokenizing
 from megatron_ponder.errors import DataError
 
-BATCH_BYTES = 1 << 19
-"""Text that a worker gets at once: enough to hide the cost of passing it on."""
-BATCHES_AHEAD = 4
-"""Batches in flight per worker; bounds memory."""
+logger = logging.getLogger(__name__)
+
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 32 << 20
+CHUNKS_WANTED = 512
+"""Enough for many workers to end at about the same time; not so many that files are a load."""
+CHUNKS_AHEAD = 2
+"""Chunks per worker that are read and not yet done; bounds memory."""
+EXAMPLES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,192 +58,310 @@ class PreprocessConfig:
     """What to preprocess, with what, into what."""
 
     input: tuple[str, ...]
-    """Files, folders or globs: JSON Lines (an object with text per line) or plain text."""
+    """Files, folders or globs, or - for standard input: JSON Lines (an object with text per line),
+    plain text or Parquet; plain or compressed (.gz .zst .bz2 .xz)."""
     output_prefix: str
-    """Files are written as PREFIX_KEY_document.bin and .idx."""
+    """Files are written as PREFIX_KEY_document.bin and .idx, beside PREFIX.manifest.json."""
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of the text in each JSON object; a dataset is written for each."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = (
-        "SentencePieceTokenizer"
-    )
+    """Keys (columns) of the text in each JSON object (row); a dataset is written for each."""
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
     """As in training."""
     tokenizer_model: str | None = None
     """As in training."""
     vocab_size: int | None = None
     """NullTokenizer only."""
+    word_cache: bool = False
+    """Remember the ids of words: the same output up to twice as fast, with SentencePiece BPE
+    models that look at nothing but words, as tools/train_tokenizer.py makes. Refused for others."""
     append_eod: bool = False
     """End every document with the tokenizer's end id. Training wants it."""
+    instruction_data: bool = False
+    """Conversations for fine-tuning: objects with messages, or with prompt and response. Written as
+    PREFIX_instruction_document, with a mask of the responses beside it."""
     workers: int = max(1, (os.cpu_count() or 2) - 1)
-    """Tokenizing processes."""
+    """Tokenizing processes. 0: tokenize in this process."""
     input_format: InputFormat = "auto"
-    """auto: by suffix (.jsonl .json .ndjson, or .txt .text .md .rst)."""
+    """auto: by suffix (.jsonl .json .ndjson, .txt .text .md .rst, .parquet)."""
     split_paragraphs: bool = False
     """Plain text: a document per block between blank lines instead of per file."""
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
+    """Longer documents (lines of JSON) are rejected; memory is bounded by it."""
+    max_rejected: int = 0
+    """Go on as long as no more documents than this are rejected; each is listed with file, line and
+    reason in PREFIX.rejected.jsonl."""
     overwrite: bool = False
     """Replace output that exists."""
 
+    def read_options(self) -> ReadOptions:
+        """How files are taken apart."""
+        return ReadOptions(
+            input_format=self.input_format,
+            split_paragraphs=self.split_paragraphs,
+            keys=self.json_keys,
+            max_document_bytes=self.max_document_bytes,
+        )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclasses.dataclass(kw_only=True)
 class PreprocessSummary:
-    """What became of the documents. read = written + empty."""
+    """What became of the documents. read = written + rejected."""
 
-    num_read: int
-    num_written: int
-    num_empty: int
-    """Documents without a single token; they are left out."""
-    num_tokens: dict[str, int]
-    """By key, end ids included."""
-    num_input_bytes: int
+    num_read: int = 0
+    num_written: int = 0
+    rejected: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """Documents left out, by kind."""
+    num_tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """By stream, end ids included."""
+    num_text_bytes: int = 0
+    """Bytes of the documents written, as they were read, without compression."""
+    num_chunks: int = 0
+    num_reused: int = 0
+    """Chunks that an interrupted run had done."""
 
+    @property
+    def num_rejected(self) -> int:
+        """Documents left out."""
+        return self.rejected.total()
 
-TokenizedBatch = tuple[int, list[list[numpy.ndarray]]]
-"""Input bytes, and for each document the ids under each key."""
+    def add(self, header: ShardHeader, is_reused: bool) -> None:
+        """Count a shard."""
+        self.num_read += header.num_read
+        self.num_written += header.num_written
+        self.rejected.update(record["kind"] for record in header.rejected)
+        self.num_tokens.update(header.num_tokens)
+        self.num_text_bytes += header.num_text_bytes
+        self.num_chunks += 1
+        self.num_reused += is_reused
 
 
 def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     """Write the datasets.
 
     Raises:
-        DataError: input, tokenizer or output cannot be used; a worker died.
+        DataError: input, tokenizer or output cannot be used; too many documents are rejected; a
+            worker died; or the run was interrupted. What was done is kept for the same command.
     """
-    if config.workers < 1:
-        raise DataError(f"--workers {config.workers}: must be at least 1.")
-    files = find_inputs(config.input)
-    tokenizer = _build_tokenizer(config)
-    outputs = {key: Path(f"{config.output_prefix}_{key}_document") for key in config.json_keys}
-    _check_outputs(outputs.values(), config.overwrite)
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    temporary = {
-        key: path.with_name(f".{path.name}.{os.getpid()}") for key, path in outputs.items()
-    }
-    try:
-        builders = {
-            key: IndexedDatasetBuilder(f"{path}.bin", dtype=dtype)
-            for key, path in temporary.items()
-        }
-        summary = _write(config, files, builders)
-        for key, builder in builders.items():
-            builder.finalize(f"{temporary[key]}.idx")
+    _check(config)
+    sources = [Source(path) for path in find_inputs(config.input)]
+    for source in sources:
+        format_of(source, config.input_format)
+    encoder = build_encoder(config)
+    prefix = Path(config.output_prefix)
+    places = [Path(f"{prefix}_{stream.name}") for stream in encoder.streams]
+    plan = _plan(config, sources, encoder.tokenizer)
+    with opened(prefix) as work:
+        work.take_up(plan)
+        refuse_existing(prefix, places, config.overwrite or work.is_publishing)
+        summary = _tokenize(config, sources, encoder.streams, plan["chunk_bytes"], work)
         if summary.num_written == 0:
             raise DataError(f"--input {' '.join(config.input)}: no document with any text.")
-        for key, path in outputs.items():
-            # The index last: a dataset without one is not mistaken for a complete one.
-            for suffix in (".bin", ".idx"):
-                os.replace(f"{temporary[key]}{suffix}", f"{path}{suffix}")
-    finally:
-        for path in temporary.values():
-            for suffix in (".bin", ".idx"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
+        _join(prefix, sources, encoder.streams, plan, summary, work)
+        work.remove()
     return summary
 
 
-def _write(
-    config: PreprocessConfig, files: Sequence[Path], builders: dict[str, IndexedDatasetBuilder]
-) -> PreprocessSummary:
-    """Feed every document to the builders, with progress."""
-    num_bytes = sum(file.stat().st_size for file in files)
-    num_read = num_empty = 0
-    num_tokens = dict.fromkeys(config.json_keys, 0)
-    documents = read_documents(files, config.input_format, config.split_paragraphs)
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing") as bar:
-        for batch_bytes, batch in _tokenize(config, _batches(documents)):
-            for ids_by_key in batch:
-                num_read += 1
-                if not all(len(ids) for ids in ids_by_key):
-                    num_empty += 1
-                    continue
-                for key, ids in zip(config.json_keys, ids_by_key, strict=True):
-                    builders[key].add_document(torch.from_numpy(ids), [len(ids)])
-                    num_tokens[key] += len(ids)
-            bar.update(batch_bytes)
-            elapsed_s = max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(
-                f"{num_read / elapsed_s:.0f} documents/s, "
-                f"{sum(num_tokens.values()) / elapsed_s / 1e3:.0f}k tokens/s"
-            )
-    return PreprocessSummary(
-        num_read=num_read,
-        num_written=num_read - num_empty,
-        num_empty=num_empty,
-        num_tokens=num_tokens,
-        num_input_bytes=num_bytes,
-    )
+def _check(config: PreprocessConfig) -> None:
+    """Refuse settings that mean nothing."""
+    for name, least in (("workers", 0), ("max_rejected", 0), ("max_document_bytes", 1)):
+        if getattr(config, name) < least:
+            flag = name.replace("_", "-")
+            raise DataError(f"--{flag} {getattr(config, name)}: must be at least {least}.")
+    if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
+        raise DataError(f"--json-keys {' '.join(config.json_keys)}: give each key once.")
+    if config.instruction_data and config.input_format in ("text", "parquet"):
+        raise DataError("--instruction-data needs JSON Lines.")
 
 
-def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    """Documents in groups of about BATCH_BYTES."""
-    batch: list[RawDocument] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.content)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _plan(
+    config: PreprocessConfig, sources: Sequence[Source], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Everything that decides the shards; content of the input apart, which each shard knows."""
+    total = total_bytes([source.path for source in sources])
+    chunk_bytes = MAX_CHUNK_BYTES if total is None else total // CHUNKS_WANTED
+    return {
+        "format": manifest.FORMAT,
+        "inputs": [str(source.path) for source in sources],
+        "options": {
+            "json_keys": list(config.json_keys),
+            "append_eod": config.append_eod,
+            "instruction_data": config.instruction_data,
+            "input_format": config.input_format,
+            "split_paragraphs": config.split_paragraphs,
+            "max_document_bytes": config.max_document_bytes,
+        },
+        "tokenizer": manifest.tokenizer_entry(tokenizer),
+        "chunk_bytes": min(max(chunk_bytes, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES),
+    }
 
 
 def _tokenize(
-    config: PreprocessConfig, batches: Iterator[list[RawDocument]]
-) -> Iterator[TokenizedBatch]:
-    """Results in the order of the input, computed by the workers."""
-    with concurrent.futures.ProcessPoolExecutor(
-        config.workers, initializer=_start_worker, initargs=(config,)
-    ) as pool:
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        try:
-            for batch in itertools.islice(batches, BATCHES_AHEAD * config.workers):
-                pending.append(pool.submit(_tokenize_batch, batch))
-            while pending:
-                result = pending.popleft().result()
-                for batch in itertools.islice(batches, 1):
-                    pending.append(pool.submit(_tokenize_batch, batch))
-                yield result
-        except concurrent.futures.process.BrokenProcessPool:
-            raise DataError(
-                "a tokenizing process died (out of memory?). Try fewer --workers."
-            ) from None
-        finally:
-            for future in pending:
-                future.cancel()
+    config: PreprocessConfig,
+    sources: Sequence[Source],
+    streams: Sequence[Stream],
+    chunk_bytes: int,
+    work: WorkFolder,
+) -> PreprocessSummary:
+    """A shard for every chunk, with progress; stops when too many documents are rejected."""
+    summary = PreprocessSummary()
+    examples: list[dict[str, Any]] = []
+    chunks = read_chunks(sources, config.read_options(), chunk_bytes)
+    total = total_bytes([source.path for source in sources])
+    with log.progress(total, "tokenizing", "B", unit_scale=True) as bar:
+        for done in _shards(config, chunks, streams, work):
+            summary.add(done.header, done.is_reused)
+            bar.set_postfix_str(_rates(summary, bar.format_dict["elapsed"]), refresh=False)
+            bar.update(done.num_stored_bytes)
+            examples += done.header.rejected[: EXAMPLES_SHOWN - len(examples)]
+            if summary.num_rejected > config.max_rejected:
+                raise DataError(_too_many(config, summary, examples))
+    if summary.num_reused:
+        logger.info(
+            "%d of %d chunks were done by an interrupted run",
+            summary.num_reused,
+            summary.num_chunks,
+        )
+    return summary
 
 
-_worker: tuple[PreprocessConfig, Tokenizer]
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """A chunk that has its shard."""
+
+    header: ShardHeader
+    num_stored_bytes: int
+    is_reused: bool
 
 
-def _start_worker(config: PreprocessConfig) -> None:
-    """Each process loads the tokenizer once."""
-    global _worker
-    _worker = config, _build_tokenizer(config)
+def _shards(
+    config: PreprocessConfig, chunks: Iterator[Chunk], streams: Sequence[Stream], work: WorkFolder
+) -> Iterator[_Done]:
+    """A shard per chunk, in order; those that are there and of the same content are kept."""
+    make_encoder = functools.partial(build_encoder, config)
+    with tokenizing(config.workers, make_encoder, config.max_document_bytes) as submit:
+
+        def start(chunk: Chunk) -> tuple[int, ShardHeader | Future[ShardHeader]]:
+            path = work.shard(chunk.index)
+            shard = read_shard(path, streams)
+            if shard is not None and shard.header.chunk_sha256 == chunk.digest():
+                return chunk.num_stored_bytes, shard.header
+            return chunk.num_stored_bytes, submit(path, chunk)
+
+        ahead = itertools.islice(chunks, CHUNKS_AHEAD * max(config.workers, 1))
+        pending = collections.deque(map(start, ahead))
+        while pending:
+            num_stored_bytes, result = pending.popleft()
+            is_reused = isinstance(result, ShardHeader)
+            header = result if isinstance(result, ShardHeader) else result.result()
+            pending.extend(map(start, itertools.islice(chunks, 1)))
+            yield _Done(header, num_stored_bytes, is_reused)
 
 
-def _tokenize_batch(batch: list[RawDocument]) -> TokenizedBatch:
-    """Decode and tokenize, inside a worker."""
-    config, tokenizer = _worker
-    texts = [document.texts(config.json_keys) for document in batch]
-    flat = tokenizer.tokenize_batch([text for document in texts for text in document])
-    end = [tokenizer.eod] if config.append_eod else []
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    # A document without tokens stays empty: an end id alone is no document.
-    arrays = [numpy.array(ids + end if ids else [], dtype=dtype) for ids in flat]
-    num_keys = len(config.json_keys)
+def _join(
+    prefix: Path,
+    sources: Sequence[Source],
+    streams: Sequence[Stream],
+    plan: dict[str, Any],
+    summary: PreprocessSummary,
+    work: WorkFolder,
+) -> None:
+    """Outputs from all shards."""
+    shards = []
+    for index in range(summary.num_chunks):
+        shard = read_shard(work.shard(index), streams)
+        if shard is None:
+            raise DataError(f"{work.shard(index)}: damaged. Run the same command again.")
+        shards.append(shard)
+    staged: dict[Path, Path] = {}
+    datasets = {}
+    for stream in streams:
+        place = Path(f"{prefix}_{stream.name}")
+        staged[place] = work.path / place.name
+        parts = [_Part(shard, stream) for shard in shards]
+        datasets[place.name] = write_dataset(staged[place], stream.dtype, parts)
+    rejected = work.path / "rejected.jsonl"
+    with rejected.open("w", encoding="utf-8") as file:
+        for shard in shards:
+            file.writelines(json.dumps(record) + "\n" for record in shard.header.rejected)
+    content = {
+        "format": plan["format"],
+        "inputs": [
+            {"path": str(s.path), "bytes": s.num_bytes, "sha256": s.digest.hexdigest()}
+            for s in sources
+        ],
+        "tokenizer": plan["tokenizer"],
+        "options": plan["options"],
+        "documents": {
+            "read": summary.num_read,
+            "written": summary.num_written,
+            "rejected": dict(sorted(summary.rejected.items())),
+        },
+        "text_bytes": summary.num_text_bytes,
+        "datasets": datasets,
+    }
+    work.start_publishing()
+    publish(prefix, staged, content, rejected if summary.num_rejected else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One stream of a shard as a part of a dataset: each document is a sequence."""
+
+    shard: Shard
+    stream: Stream
+
+    @property
+    def num_sequences(self) -> int:
+        return self.shard.num_documents
+
+    @property
+    def num_documents(self) -> int:
+        return self.shard.num_documents
+
+    def lengths(self) -> numpy.ndarray:
+        return self.shard.lengths(self.stream)
+
+    def ends(self) -> numpy.ndarray:
+        return numpy.arange(1, self.shard.num_documents + 1)
+
+    def pieces(self) -> Iterator[bytes]:
+        return self.shard.pieces(self.stream)
+
+
+def build_encoder(config: PreprocessConfig) -> Encoder:
+    """What tokenizes documents, by the same rules as in training.
+
+    Raises:
+        DataError: the tokenizer cannot be used.
+    """
+    data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
+    tokenizer = build_tokenizer(data, config.vocab_size)
+    if config.word_cache:
+        tokenizer = word_cached(tokenizer, Path(config.tokenizer_model or ""))
+    if config.instruction_data:
+        return ConversationEncoder(tokenizer)
+    return TextEncoder(tokenizer, config.json_keys, config.append_eod)
+
+
+def _rates(summary: PreprocessSummary, elapsed_s: float) -> str:
+    """How fast it goes."""
+    elapsed_s = max(elapsed_s, 1e-9)
+    num_tokens = next(iter(summary.num_tokens.values()), 0)
     return (
-        sum(len(document.content) for document in batch),
-        [arrays[i : i + num_keys] for i in range(0, len(arrays), num_keys)],
+        f"text {summary.num_text_bytes / elapsed_s / 1e6:.1f} MB/s, "
+        f"{summary.num_read / elapsed_s:.0f} documents/s, "
+        f"{num_tokens / elapsed_s / 1e3:.0f}k tokens/s"
     )
 
 
-def _build_tokenizer(config: PreprocessConfig) -> Tokenizer:
-    """The tokenizer, by the same rules as in training."""
-    data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
-    return build_tokenizer(data, config.vocab_size)
-
-
-def _check_outputs(prefixes: Iterable[Path], overwrite: bool) -> None:
-    """Make the folder; refuse to replace a dataset unless told to."""
-    for prefix in prefixes:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        existing = [f"{prefix}{s}" for s in (".bin", ".idx") if os.path.exists(f"{prefix}{s}")]
-        if existing and not overwrite:
-            raise DataError(f"{existing[0]} exists already; give --overwrite to replace it.")
+def _too_many(
+    config: PreprocessConfig, summary: PreprocessSummary, examples: Sequence[dict[str, Any]]
+) -> str:
+    """Why the run stops."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.rejected.items()))
+    shown = "".join(f"\n  {e['file']}:{e['line']}: {e['reason']}." for e in examples)
+    return (
+        f"{summary.num_rejected} of the first {summary.num_read} documents cannot be used "
+        f"({kinds}); --max-rejected {config.max_rejected} allows no more:{shown}\nCorrect the "
+        "input, or allow more: then they are left out, counted and listed in "
+        f"{rejected_file(config.output_prefix)}. What is done is kept for the next run."
+    )

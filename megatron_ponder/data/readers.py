@@ -1,141 +1,273 @@
-"""Documents from JSON Lines and plain text files, streamed.
+"""Documents of JSON Lines, plain text and Parquet files, streamed, in order.
 
-Reading is cheap and happens in one process: a reader yields raw bytes with where they come from,
-and workers decode them (`RawDocument.texts`). Nothing is skipped silently: what cannot be a
-document is a DataError that names file, line and reason. Left out in this version: compressed and
-columnar files.
+Files become segments, segments are gathered into chunks: the unit that a worker gets and that a
+resumed run reuses. Where chunks are cut depends on the content and on `chunk_bytes` alone. Memory
+is bounded by the longest document that is kept, whatever a file's size.
 """
 
+import contextlib
 import dataclasses
-import glob
-import json
+import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from megatron_ponder.errors import DataError
+import pyarrow
+import pyarrow.parquet
 
-InputFormat = Literal["auto", "jsonl", "text"]
-JSON_LINES_SUFFIXES = (".jsonl", ".json", ".ndjson")
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+from megatron_ponder.data.documents import DocumentError, RawDocument, Row, Segment
+from megatron_ponder.data.sources import MAGIC, STDIN, Source
+
+InputFormat = Literal["auto", "jsonl", "text", "parquet"]
+SUFFIXES = {
+    "jsonl": (".jsonl", ".json", ".ndjson"),
+    "text": (".txt", ".text", ".md", ".rst"),
+    "parquet": (".parquet",),
+}
+DEFAULT_MAX_DOCUMENT_BYTES = 64 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ROWS_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How files are taken apart."""
+
+    input_format: InputFormat = "auto"
+    """auto goes by each file's suffix."""
+    split_paragraphs: bool = False
+    """Plain text: a document per block between blank lines, not per file."""
+    keys: tuple[str, ...] = ("text",)
+    """Columns to read of tables."""
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
+    """Longer documents are not kept."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RawDocument:
-    """One undecoded document and its place."""
+class Chunk:
+    """Consecutive segments that one worker tokenizes."""
 
-    content: bytes
-    is_json: bool
-    file: str
-    line: int
-    """Of its first line, from 1."""
+    index: int
+    segments: list[Segment]
+    num_stored_bytes: int
+    """Bytes read from files since the chunk before, for the progress bar."""
 
-    def texts(self, keys: Sequence[str]) -> list[str]:
-        """The document's text under each key; a plain text is the same under all of them.
+    def digest(self) -> str:
+        """SHA-256 of everything that decides its documents."""
+        digest = hashlib.sha256()
+        for segment in self.segments:
+            segment.update(digest)
+        return digest.hexdigest()
 
-        Raises:
-            DataError: the bytes are not UTF-8 or not JSON, or a key is missing or not a string.
-        """
-        try:
-            text = self.content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self._error(f"not valid UTF-8 ({error.reason})") from None
-        if not self.is_json:
-            return [text for _ in keys]
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise self._error(f"not valid JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise self._error("not a JSON object")
-        for key in keys:
-            if not isinstance(record.get(key), str):
-                problem = "is not a string" if key in record else "is missing"
-                raise self._error(f"key {key!r} {problem} (--json-keys names the text)")
-            if not record[key].isascii() and any("\ud800" <= c <= "\udfff" for c in record[key]):
-                raise self._error(f"key {key!r} has a lone surrogate, which no UTF-8 text can")
-        return [record[key] for key in keys]
-
-    def _error(self, reason: str) -> DataError:
-        return DataError(f"{self.file}:{self.line}: {reason}.")
+    def documents(self, max_document_bytes: int) -> Iterator[RawDocument | DocumentError]:
+        """All its documents in order."""
+        for segment in self.segments:
+            yield from segment.documents(max_document_bytes)
 
 
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files, folders (every file below, sorted) and globs, as files in order.
+def read_chunks(
+    sources: Sequence[Source], options: ReadOptions, chunk_bytes: int
+) -> Iterator[Chunk]:
+    """All files, in chunks of at least `chunk_bytes` and at most a document more.
 
     Raises:
-        DataError: something matches nothing.
+        DataError: a file cannot be read or is damaged, or auto does not know its suffix.
     """
-    files: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file())
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
-            found = [p for p in found if p.is_file()]
-        if not found:
-            raise DataError(f"--input {pattern}: no such file, and nothing matches it.")
-        files += found
-    return files
+    segments: list[Segment] = []
+    size = index = stored_before = 0
+    for source in sources:
+        for segment in read_segments(source, options):
+            segments.append(segment)
+            size += segment.num_bytes
+            if size >= chunk_bytes:
+                stored = sum(each.num_bytes for each in sources)
+                yield Chunk(index, segments, stored - stored_before)
+                segments, size, index, stored_before = [], 0, index + 1, stored
+    if segments:
+        yield Chunk(index, segments, sum(each.num_bytes for each in sources) - stored_before)
 
 
 def read_documents(
-    files: Sequence[Path], input_format: InputFormat, split_paragraphs: bool = False
+    files: Sequence[Path],
+    input_format: InputFormat = "auto",
+    split_paragraphs: bool = False,
+    keys: tuple[str, ...] = ("text",),
 ) -> Iterator[RawDocument]:
-    """All documents of all files, in order.
-
-    Args:
-        files: from `find_inputs`.
-        input_format: auto goes by each file's suffix.
-        split_paragraphs: plain text: a document per block between blank lines, not per file.
+    """All documents of all files, in order, for callers that take no faults.
 
     Raises:
-        DataError: a file cannot be read, or auto does not know its suffix.
+        DataError: a file cannot be read, or auto does not know its suffix; a document is too long.
     """
+    options = ReadOptions(input_format=input_format, split_paragraphs=split_paragraphs, keys=keys)
     for file in files:
-        try:
-            if _is_json_lines(file, input_format):
-                yield from _read_lines(file)
-            elif split_paragraphs:
-                yield from _read_paragraphs(file)
-            else:
-                yield RawDocument(file.read_bytes(), False, str(file), 1)
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror}.") from None
+        for segment in read_segments(Source(file), options):
+            for document in segment.documents(options.max_document_bytes):
+                if isinstance(document, DocumentError):
+                    raise document
+                yield document
 
 
-def _is_json_lines(file: Path, input_format: InputFormat) -> bool:
-    """Whether a file is JSON Lines; otherwise it is plain text."""
+def read_segments(source: Source, options: ReadOptions) -> Iterator[Segment]:
+    """The segments of one file.
+
+    Raises:
+        DataError: the file cannot be read or is damaged, or auto does not know its suffix.
+    """
+    match format_of(source, options.input_format):
+        case "parquet":
+            yield from _read_table(source, options.keys)
+        case "jsonl":
+            yield from _read_lines(source, options.max_document_bytes)
+        case "text" if options.split_paragraphs:
+            yield from _read_paragraphs(source, options.max_document_bytes)
+        case _:
+            yield _read_whole(source, options.max_document_bytes)
+
+
+def format_of(source: Source, input_format: InputFormat) -> str:
+    """The format of one file: the one that was asked for, or the one its suffix tells.
+
+    Raises:
+        DataError: the suffix tells nothing, or the format cannot be read this way.
+    """
+    if source.path == STDIN:
+        if input_format == "parquet":
+            raise source.error("Parquet needs a file, it is not read from its beginning to its end")
+        return "jsonl" if input_format == "auto" else input_format
     if input_format != "auto":
-        return input_format == "jsonl"
-    suffix = file.suffix.lower()
-    if suffix not in JSON_LINES_SUFFIXES + TEXT_SUFFIXES:
-        raise DataError(f"{file}: cannot tell its format; give --input-format jsonl or text.")
-    return suffix in JSON_LINES_SUFFIXES
+        return input_format
+    for name, suffixes in SUFFIXES.items():
+        if source.suffix in suffixes:
+            return name
+    known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+    raise source.error(
+        f"cannot tell its format from its name; give --input-format jsonl, text or parquet (known "
+        f"without it: {known}, and with {', '.join(MAGIC)} behind)"
+    )
 
 
-def _read_lines(file: Path) -> Iterator[RawDocument]:
-    """A document per line; lines of nothing but white space separate and are no documents."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield RawDocument(line, True, str(file), number)
+def _read_lines(source: Source, max_document_bytes: int) -> Iterator[Segment]:
+    """Blocks of whole lines. A line over the limit is not kept, and has a segment of its own."""
+    begun: list[bytes] = []  # the line that no piece has ended yet
+    size = 0
+    line = 1
+    is_dropped = False
+    for number, piece in enumerate(source.pieces()):
+        if number == 0:
+            piece = piece.removeprefix(BYTE_ORDER_MARK)
+        end = piece.rfind(b"\n") + 1
+        if end:
+            if is_dropped:
+                yield Segment("too_long", source.name, line, b"")
+                line += 1
+                block = piece[piece.find(b"\n") + 1 : end]
+            else:
+                block = b"".join([*begun, piece[:end]])
+            if block:
+                yield Segment("lines", source.name, line, block)
+            line += block.count(b"\n")
+            begun, size, is_dropped = [], 0, False
+        begun.append(piece[end:])
+        size += len(piece) - end
+        if size > max_document_bytes:
+            begun, is_dropped = [], True
+    if is_dropped:
+        yield Segment("too_long", source.name, line, b"")
+    elif size:
+        yield Segment("lines", source.name, line, b"".join(begun))
 
 
-def _read_paragraphs(file: Path) -> Iterator[RawDocument]:
+def _read_paragraphs(source: Source, max_document_bytes: int) -> Iterator[Segment]:
     """A document per run of lines that are not blank."""
     block: list[bytes] = []
-    first = 1
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                first = first if block else number
+    size = first = 0
+    is_dropped = False
+
+    def ended() -> Iterator[Segment]:
+        if is_dropped:
+            yield Segment("too_long", source.name, first, b"")
+        elif block:
+            yield Segment("text", source.name, first, b"".join(block))
+
+    for segment in _read_lines(source, max_document_bytes):
+        if segment.kind == "too_long":
+            is_dropped, first = True, first or segment.first_line
+            continue
+        assert isinstance(segment.content, bytes)
+        for number, line in enumerate(io.BytesIO(segment.content), segment.first_line):
+            if not line.strip():
+                yield from ended()
+                block, size, first, is_dropped = [], 0, 0, False
+                continue
+            first = first or number
+            size += len(line)
+            is_dropped = is_dropped or size > max_document_bytes
+            if is_dropped:
+                block.clear()
+            else:
                 block.append(line)
-            elif block:
-                yield RawDocument(b"".join(block), False, str(file), first)
-                block = []
-    if block:
-        yield RawDocument(b"".join(block), False, str(file), first)
+    yield from ended()
+
+
+def _read_whole(source: Source, max_document_bytes: int) -> Segment:
+    """The file as one document. One over the limit is read to its end for the digest, not kept."""
+    kept: list[bytes] = []
+    size = 0
+    for piece in source.pieces():
+        size += len(piece)
+        if size > max_document_bytes:
+            kept.clear()
+        else:
+            kept.append(piece)
+    if size > max_document_bytes:
+        return Segment("too_long", source.name, 1, b"")
+    return Segment("text", source.name, 1, b"".join(kept))
+
+
+def _read_table(source: Source, keys: tuple[str, ...]) -> Iterator[Segment]:
+    """Rows of a Parquet file, a few at a time."""
+    source.hash_all()
+    try:
+        with contextlib.closing(pyarrow.parquet.ParquetFile(source.path)) as table:
+            present = [key for key in keys if key in table.schema_arrow.names]
+            num_rows = table.metadata.num_rows
+            if not present:
+                yield from _rows_without_text(source, num_rows)
+                return
+            line = 1
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=present):
+                columns = [_text_of(batch.column(key)) for key in present]
+                rows = [tuple(zip(present, row, strict=True)) for row in zip(*columns, strict=True)]
+                yield Segment("rows", source.name, line, rows)
+                line += len(rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise source.error(f"damaged or not a Parquet file ({error})") from None
+    if line - 1 != num_rows:
+        raise source.error(f"{line - 1} rows were read, but it says it has {num_rows}")
+
+
+def _rows_without_text(source: Source, num_rows: int) -> Iterator[Segment]:
+    """Rows of a table that has none of the columns: each of them is refused later."""
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        rows: list[Row] = [()] * min(ROWS_AT_ONCE, num_rows - start)
+        yield Segment("rows", source.name, start + 1, rows)
+
+
+def _text_of(column: pyarrow.Array) -> list[Any]:
+    """A column's values as `Row` has them."""
+    kind = column.type
+    if pyarrow.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+        kind = column.type
+    if any(is_text(kind) for is_text in _TEXT_TYPES):
+        return column.cast(pyarrow.large_binary()).to_pylist()
+    return [False if is_there else None for is_there in column.is_valid().to_pylist()]
+
+
+_TEXT_TYPES = (
+    pyarrow.types.is_string,
+    pyarrow.types.is_large_string,
+    pyarrow.types.is_binary,
+    pyarrow.types.is_large_binary,
+)

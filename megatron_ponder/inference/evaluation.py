@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megatron_ponder import log
 from megatron_ponder.data.indexed import check_indexed_dataset
-from megatron_ponder.data.readers import find_inputs, read_documents
+from megatron_ponder.data.readers import read_documents
+from megatron_ponder.data.sources import find_inputs
 from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import ConfigError, DataError
 from megatron_ponder.inference.loading import LoadedModel, loaded_model

@@ -23,7 +23,7 @@ def build_model_chunks(config: RunConfig) -> list[PonderGPTModel]:
     """This pipeline rank's chunks of layers, usually one, with initial weights.
 
     Raises:
-        ConfigError: the method is unknown.
+        ConfigError: the method is unknown, or cannot run on the layout.
     """
     here = ranks()
     num_chunks = config.parallel.num_virtual_stages_per_pipeline_rank

@@ -16,6 +16,20 @@ from torch import Tensor
 from megatron_ponder.model.context_parallel import local_shard
 
 
+def rounded_scale(scale: float | None, dtype: torch.dtype) -> float | None:
+    """The factor as a number of the weight's dtype, as the reference multiplies by it."""
+    return None if scale is None else torch.tensor(scale, dtype=dtype).item()
+
+
+def append_extra_tokens(tokens: Tensor, extra_ids: tuple[int, ...]) -> Tensor:
+    """Put the same ids behind every token: [b, s] -> [b, s * (1 + extra ids)]."""
+    if not extra_ids:
+        return tokens
+    extra = tokens.new_tensor(extra_ids).expand(*tokens.shape, -1)
+    # [b, s, 1 + extra ids] -> [b, s * (1 + extra ids)]
+    return torch.cat((tokens.unsqueeze(2), extra), dim=2).flatten(1)
+
+
 class PonderEmbedding(MegatronModule):
     """Scaled token embeddings, and one learned vector per token position shared by all its slots.
 
@@ -23,7 +37,7 @@ class PonderEmbedding(MegatronModule):
         config: megatron-core's config.
         vocab_size: padded number of rows over all tensor-parallel ranks.
         num_positions: rows of the table of learned positions; None: there is none (rotary).
-        scale: factor on token embeddings; None: 1.
+        scale: factor on token embeddings, from `rounded_scale`; None: 1.
         pg_collection: process groups.
     """
 
@@ -46,9 +60,7 @@ class PonderEmbedding(MegatronModule):
             config=config,
             tp_group=self.tp_group,
         )
-        # The reference multiplies by a scalar tensor of the weight's dtype.
-        weight_dtype = self.word_embeddings.weight.dtype
-        self.scale = None if scale is None else torch.tensor(scale, dtype=weight_dtype).item()
+        self.scale = scale
         self.position_embeddings: LearnedPositions | None = None
         if num_positions is not None:
             self.position_embeddings = LearnedPositions(config, num_positions, pg_collection)

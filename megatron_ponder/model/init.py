@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.model.embedding_copy import COPY, ORIGINAL
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 
 RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
@@ -81,10 +82,12 @@ def _shard(whole: Tensor, parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
 def name_in_whole_model(name: str, model: PonderGPTModel) -> str:
     """The parameter's name where one rank holds the whole model.
 
-    A pipeline stage counts its layers from 0, and the last stage has a copy of tied embeddings.
+    A pipeline stage counts its layers from 0, and the last stage may have a copy of the embedding.
     """
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-        return "embedding.word_embeddings.weight"
+        return ORIGINAL
+    if name == COPY:
+        return ORIGINAL
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)

@@ -13,6 +13,7 @@ schedule carries what comes out of it to the next rank, or to the first one for 
 """
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
@@ -29,7 +30,13 @@ from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.kernels.rotary import rotary_table
 from megatron_ponder.model.context_parallel import local_shard
-from megatron_ponder.model.embedding import PonderEmbedding
+from megatron_ponder.model.embedding import (
+    PonderEmbedding,
+    append_extra_tokens,
+    rounded_scale,
+)
+from megatron_ponder.model.embedding_copy import EmbeddingCopy, mark_as_replicated
+from megatron_ponder.model.mixture import mix_embeddings
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.padded_vocab import mask_padded_columns
 from megatron_ponder.model.stages import kept_stages
@@ -74,6 +81,9 @@ class PonderGPTModel(LanguageModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
+        self.embedding_scale = rounded_scale(
+            method.embedding_scale(shape.hidden_size), config.params_dtype
+        )
         vocab_size = padded_vocab_size(shape)
         has_learned_positions = shape.position_embedding_type == "learned_absolute"
         if pre_process:
@@ -81,8 +91,19 @@ class PonderGPTModel(LanguageModule):
                 config,
                 vocab_size=vocab_size,
                 num_positions=shape.max_position_embeddings if has_learned_positions else None,
-                scale=method.embedding_scale(shape.hidden_size),
+                scale=self.embedding_scale,
                 pg_collection=pg_collection,
+            )
+        self.replicates_embedding = (
+            pre_process != post_process
+            and method.plan(1).mixes_embeddings
+            and not self.share_embeddings_and_output_weights
+        )
+        if self.replicates_embedding and pre_process:
+            mark_as_replicated(self.embedding.word_embeddings.weight, is_copy=False)
+        if self.replicates_embedding and post_process:
+            self.embedding_copy = EmbeddingCopy(
+                config, vocab_size=vocab_size, pg_collection=pg_collection
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if not has_learned_positions:
@@ -131,7 +152,7 @@ class PonderGPTModel(LanguageModule):
             With labels the cross entropy of each token, fp32 [b, s]; without them logits
             [b, s, padded vocabulary / tp], minus infinity in padded columns.
         """
-        token_embeddings = self.embedding(tokens)
+        token_embeddings = self.embed(tokens)
         handed_on: Tensor | None = None
         for pass_ in plan.passes:
             handed_on = self._run_pass(pass_, plan, token_embeddings, handed_on)
@@ -161,7 +182,7 @@ class PonderGPTModel(LanguageModule):
             or in the last pass what `forward` returns.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
-            token_embeddings = self.embedding(tokens) if self.pre_process else None
+            token_embeddings = self.embed(tokens) if self.pre_process else None
             handed_on = self._run_pass(pass_, plan, token_embeddings, received)
             if self.post_process and plan.is_last(pass_):
                 return self.compute_output(handed_on, labels)
@@ -190,24 +211,74 @@ class PonderGPTModel(LanguageModule):
         self, pass_: Pass, plan: PassPlan, token_embeddings: Tensor | None, received: Tensor | None
     ) -> Tensor:
         """Input, layers, norm and carry of one pass, as far as this rank has them."""
+        beside: Tensor | None = None
         if self.pre_process:
             assert token_embeddings is not None
-            hidden = self.build_input(pass_, token_embeddings, received)
+            slots = self.method.build_input(pass_, token_embeddings, received)
+            hidden = self.add_positions(pass_, slots)
+            beside = slots if pass_.carries_input else None
         else:
             assert received is not None
             hidden = received
+            if pass_.carries_input:
+                hidden, beside = received.chunk(2)
         hidden = self.run_layers(pass_, hidden)
         if not self.post_process:
-            return hidden
+            return hidden if beside is None else torch.cat((hidden, beside))
         read = self.read(pass_, hidden)
-        return read if plan.is_last(pass_) else self.method.build_carry(pass_, read)
+        return read if plan.is_last(pass_) else self.build_carry(pass_, read, beside)
 
-    def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Scaled embeddings of the tokens and of those that the method puts behind each of them."""
+        return self.embedding(append_extra_tokens(tokens, self.method.extra_token_ids))
+
+    def add_positions(self, pass_: Pass, slots: Tensor) -> Tensor:
         """The input of the first layer, [s * stages, b, h] (local under sequence parallelism)."""
-        slots = self.method.build_input(pass_, token_embeddings, carry)
-        return (
-            self.embedding.add_positions(slots, pass_.num_stages) if pass_.add_positions else slots
+        if not pass_.add_positions:
+            return slots
+        return self.embedding.add_positions(slots, pass_.num_stages)
+
+    def build_carry(self, pass_: Pass, read: Tensor, pass_input: Tensor | None) -> Tensor:
+        """What the pass hands on, [s * read stages, b, h]."""
+        return self.method.build_carry(pass_, read, self.mix, pass_input)
+
+    def mix(self, read: Tensor) -> Tensor:
+        """softmax(output layer) times the scaled embeddings, [slots, b, h] -> [slots, b, h]."""
+        settings = self.method.config
+        mixture = mix_embeddings(
+            self.compute_logits(read),
+            self.mixed_embeddings(),
+            self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+            top_k=settings.interpolation_topk if settings.interpolation_use_topk else None,
         )
+        return mixture if self.embedding_scale is None else mixture * self.embedding_scale
+
+    def mixed_embeddings(self) -> Tensor:
+        """The embedding table on the last stage, [padded vocabulary / tp, h]."""
+        if self.replicates_embedding and self.post_process:
+            return self.embedding_copy()
+        return self.shared_embedding_or_output_weight()
+
+    def add_up_replicated_embedding(self) -> None:
+        """Complete the gradient of an embedding that is on two stages; nothing where it is not.
+
+        megatron-core does this for tied embeddings. To be called when gradients are reduced over
+        the data-parallel ranks; with the distributed optimizer each of them then has the same part
+        of both, and the other parts are never read.
+        """
+        weight = self.replicated_embedding
+        if weight is not None:
+            gradient: Tensor = weight.main_grad  # type: ignore[attr-defined]
+            dist.all_reduce(gradient, group=self.embd_group)
+
+    @property
+    def replicated_embedding(self) -> torch.nn.Parameter | None:
+        """The embedding, where it is on the first and on the last stage without being tied."""
+        if not self.replicates_embedding:
+            return None
+        holder = self.embedding.word_embeddings if self.pre_process else self.embedding_copy
+        return holder.weight
 
     def run_layers(self, pass_: Pass, hidden: Tensor) -> Tensor:
         """All layers of this rank; every slot of a token has the token's position.
@@ -242,6 +313,13 @@ class PonderGPTModel(LanguageModule):
 
     def compute_output(self, read: Tensor, labels: Tensor | None) -> Tensor:
         """Logits, or the loss of each token; see `forward`. `read` is [s, b, h]."""
+        logits = self.compute_logits(read)
+        if labels is None:
+            return logits.transpose(0, 1)
+        return self.compute_language_model_loss(labels, logits)
+
+    def compute_logits(self, read: Tensor) -> Tensor:
+        """The output layer: [slots, b, h] (local) -> [slots, b, padded vocabulary / tp]."""
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -249,10 +327,7 @@ class PonderGPTModel(LanguageModule):
         )
         logits, _ = self.output_layer(read, weight=weight)
         assert self.shape.vocab_size is not None
-        logits = mask_padded_columns(logits, self.shape.vocab_size, self.pg_collection.tp)
-        if labels is None:
-            return logits.transpose(0, 1)
-        return self.compute_language_model_loss(labels, logits)
+        return mask_padded_columns(logits, self.shape.vocab_size, self.pg_collection.tp)
 
     def sharded_state_dict(
         self,

@@ -8,6 +8,8 @@ Floating-point operations are those of matrix products, two per multiplication a
     linear     2 x slots x weights of the layers' linear modules
     attention  Q K^T and the weighted sum of V, half of the square: 2 x slots^2 x heads x d a layer
     head       2 x tokens x hidden x vocabulary, once, in the pass that the loss reads
+    mixture    the head and its counterpart with the embeddings, 4 x slots read x hidden x
+               vocabulary, in every pass whose carry is a mixture of embeddings
 
 A pass with n stages has n x tokens slots. Norms, activations, softmax, rotary positions, biases and
 embedding look-ups are not counted, and neither are the rows that pad the vocabulary, nor anything
@@ -53,13 +55,15 @@ class PassFlops:
     """Causal attention, half of the square."""
     head: int
     """Output layer; 0 in all passes but the last."""
+    mixture: int
+    """Output layer and weighted sum of embeddings; 0 in passes that mix none."""
     has_grad: bool
     """Whether the backward goes through the pass."""
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.linear + self.attention + self.head
+        return self.linear + self.attention + self.head + self.mixture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,7 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
                 linear=2 * ((model.num_layers - 1) * slots * sum(weights) + last_layer),
                 attention=model.num_layers * 2 * slots**2 * attention_width,
                 head=head if plan.is_last(pass_) else 0,
+                mixture=2 * head * pass_.num_read_stages if pass_.mixes_embeddings else 0,
                 has_grad=plan.has_grad(pass_),
             )
         )

@@ -199,6 +199,8 @@ def _schedule_config(model: ParallelModel) -> TransformerConfig:
 
     def finalize(scheduled: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model.chunks, *args, **kwargs)
+        for module in model.modules:
+            module.add_up_replicated_embedding()
 
     config.finalize_model_grads_func = finalize
     return config

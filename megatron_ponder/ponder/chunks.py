@@ -35,12 +35,14 @@ class Chunk:
     @property
     def num_stages_inside(self) -> int:
         """Slots per token sent from one stage to the next within the chunk."""
-        return self.pass_.num_stages
+        return self.pass_.num_travelling_stages
 
     @property
     def num_stages_handed_on(self) -> int:
         """Slots per token that the last stage sends to the first for the next chunk."""
-        return self.pass_.num_read_stages if self.is_last_of_pass else self.pass_.num_stages
+        if self.is_last_of_pass:
+            return self.pass_.num_read_stages
+        return self.pass_.num_travelling_stages
 
 
 def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, ...]:

@@ -1,11 +1,11 @@
-"""What a training method is: four answers about a forward, none of which needs communication.
+"""What a training method is: a few answers about a forward, none of which needs communication.
 
 A method says which passes there are (`plan`), how a pass's input is made from the token embeddings
 and what the previous pass handed on (`build_input`), what a pass hands on (`build_carry`), and how
 token embeddings are scaled (`embedding_scale`). Under pipeline parallelism `build_input` runs on
 the first stage and `build_carry` on the last, so a method keeps no state between them: whatever
 `build_input` needs must be in the token embeddings or in the carry. What the loss reads is in the
-plan.
+plan. docs/adding-a-method.md walks through a new one.
 
 One file in `ponder/methods/` is one method; `load_method` finds it by name.
 """
@@ -15,7 +15,8 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -25,15 +26,27 @@ from megatron_ponder.ponder.plan import Pass, PassPlan
 
 METHODS_PACKAGE = "megatron_ponder.ponder.methods"
 
+Mix = Callable[[Tensor], Tensor]
+"""From normed hidden states to softmax(output layer) times the scaled embedding table, slot by
+slot: [slots, b, h] -> [slots, b, h]. The model's; it owns all communication. Only a pass that
+`mixes_embeddings` may call it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
     """A training method with its settings. Frozen and without tensors."""
 
-    default_init_method: ClassVar[Literal["normal", "small"]] = "small"
-    """Initialisation of a model trained with this method, unless the run says otherwise."""
-
     config: MethodConfig
+
+    @property
+    def default_init_method(self) -> Literal["normal", "small"]:
+        """Initialisation of a model trained with this method, unless the run says otherwise."""
+        return "small"
+
+    @property
+    def extra_token_ids(self) -> tuple[int, ...]:
+        """Vocabulary ids that are embedded behind every token, for `build_input`."""
+        return ()
 
     @abc.abstractmethod
     def plan(self, num_jacobi_iterations: int) -> PassPlan:
@@ -49,23 +62,27 @@ class Method(abc.ABC):
 
         Args:
             pass_: the pass that is about to run.
-            token_embeddings: scaled, [s, b, h] (a local shard under sequence parallelism).
+            token_embeddings: scaled, [s, b, h] (a local shard under sequence parallelism); with m
+                `extra_token_ids` [s * (m+1), b, h], each token followed by those.
             carry: what the previous pass handed on, [s * m, b, h]; None before the first.
 
         Returns:
             [s * pass_.num_stages, b, h].
         """
 
-    def build_carry(self, pass_: Pass, read: Tensor) -> Tensor:
+    def build_carry(self, pass_: Pass, read: Tensor, mix: Mix, pass_input: Tensor | None) -> Tensor:
         """What this pass hands on to the next.
 
         Args:
-            pass_: the pass that has just run.
+            pass_: the pass that has just run, not the last.
             read: its output at `pass_.read_stages`, normed if `pass_.final_norm`:
                 [s * pass_.num_read_stages, b, h].
+            mix: see `Mix`.
+            pass_input: what `build_input` gave for this pass, [s * pass_.num_stages, b, h]; None
+                unless `pass_.carries_input`.
 
         Returns:
-            The carry; `read` itself unless a method overrides this.
+            The carry, of the shape of `read`; `read` itself unless a method overrides this.
         """
         return read
 

@@ -28,11 +28,20 @@ class Pass:
     """Whether the final norm is applied to what is read."""
     add_positions: bool = True
     """Whether learned positions are added to this pass's input (rotary ones always apply)."""
+    mixes_embeddings: bool = False
+    """Whether its carry is a mixture of embeddings: two products with the vocabulary more."""
+    carries_input: bool = False
+    """Whether its carry is made of its input too, which then travels beside the hidden states."""
 
     @property
     def num_read_stages(self) -> int:
         """Slots per token that this pass hands on."""
         return len(self.read_stages)
+
+    @property
+    def num_travelling_stages(self) -> int:
+        """Slots per token that go from one pipeline stage to the next within the pass."""
+        return self.num_stages * (2 if self.carries_input else 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +60,8 @@ class PassPlan:
         for p in self.passes:
             assert len(p.read_stages) > 0 and p.read_stages.step == 1
             assert p.read_stages[-1] < p.num_stages, f"{p} reads a stage that it does not have"
+        last = self.passes[-1]
+        assert not last.mixes_embeddings and not last.carries_input, "nobody takes a last carry"
 
     @property
     def max_stages(self) -> int:
@@ -64,6 +75,11 @@ class PassPlan:
         For ponderlm2 it is K(K+1)/2 + (K+1)(R+1).
         """
         return sum(p.num_stages for p in self.passes)
+
+    @property
+    def mixes_embeddings(self) -> bool:
+        """Whether a pass needs the embedding table where the output layer is."""
+        return any(p.mixes_embeddings for p in self.passes)
 
     def is_last(self, pass_: Pass) -> bool:
         """Whether the loss reads this pass."""

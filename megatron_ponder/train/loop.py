@@ -8,7 +8,7 @@ as one that never stopped.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.writer import save_checkpoint
@@ -39,6 +39,8 @@ class TrainingData:
     """From the first sample; None where there are none."""
     test: Batches | None
     """As valid."""
+    validation_sets: Mapping[str, Batches] = dataclasses.field(default_factory=dict)
+    """Validation datasets that are reported by name, in the place of `valid`."""
 
 
 def train(
@@ -83,8 +85,8 @@ def train(
             _check_finite(progress, step, num_skipped_in_a_row)
             if _is_due(progress, config.logging.log_interval):
                 reporter.report_training(step)
-            if data.valid is not None and _is_due(progress, training.eval_interval):
-                reporter.report_evaluation("valid", evaluate(config, trainee, data.valid()))
+            if _is_due(progress, training.eval_interval):
+                _validate(config, trainee, data, reporter)
                 evaluated_at = progress.iteration
             stops = step.is_stop_requested or _is_due(progress, training.exit_interval)
             if stops or _is_due(progress, config.checkpoint.save_interval):
@@ -94,13 +96,21 @@ def train(
                 reason = stop.reason() if step.is_stop_requested else "--exit-interval"
                 logger.info("stopped after iteration %d: %s", progress.iteration, reason)
                 return
-        if data.valid is not None and evaluated_at != progress.iteration:
-            reporter.report_evaluation("valid", evaluate(config, trainee, data.valid()))
+        if evaluated_at != progress.iteration:
+            _validate(config, trainee, data, reporter)
         if data.test is not None:
             reporter.report_evaluation("test", evaluate(config, trainee, data.test()))
         if saved_at != progress.iteration:
             _save(config, trainee, progress)
     logger.info("training is done: %d iterations", progress.iteration)
+
+
+def _validate(config: RunConfig, trainee: Trainee, data: TrainingData, reporter: Reporter) -> None:
+    """Evaluate on what there is to validate on."""
+    if data.valid is not None:
+        reporter.report_evaluation("valid", evaluate(config, trainee, data.valid()))
+    for name, batches in data.validation_sets.items():
+        reporter.report_evaluation("valid", evaluate(config, trainee, batches()), dataset=name)
 
 
 def _advance(progress: Progress, config: RunConfig, step: StepResult) -> None:

@@ -88,15 +88,19 @@ class Reporter:
         logger.info("%s", _training_line(record, self._config))
         write_all(self._sinks, record)
 
-    def report_evaluation(self, split: str, evaluation: Evaluation) -> None:
+    def report_evaluation(
+        self, split: str, evaluation: Evaluation, dataset: str | None = None
+    ) -> None:
         """Report an evaluation at the current iteration.
 
         Args:
             split: valid or test.
             evaluation: its result.
+            dataset: which one of several validation datasets it was.
         """
         record: Record = {
             "split": split,
+            **({"dataset": dataset} if dataset else {}),
             "iteration": self._progress.iteration,
             "lm_loss": evaluation.loss,
             "perplexity": evaluation.perplexity,
@@ -105,6 +109,7 @@ class Reporter:
             "consumed_tokens": self._progress.consumed_tokens,
         }
         name = {"valid": "validation", "test": "test"}[split]
+        name = f"{name} ({dataset})" if dataset else name
         logger.info(
             "%s loss at iteration %d | lm loss value: %.6E | lm loss PPL: %.6E |",
             name,

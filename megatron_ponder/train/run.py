@@ -22,7 +22,12 @@ from megatron_ponder.checkpoint.writer import prepare_folder
 from megatron_ponder.config.parse import dump_yaml
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
-from megatron_ponder.data.datasets import build_datasets
+from megatron_ponder.data.datasets import (
+    build_datasets,
+    build_validation_sets,
+    num_samples_needed,
+    training_fingerprint,
+)
 from megatron_ponder.data.loader import build_loader
 from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.errors import DataError
@@ -65,10 +70,15 @@ def run(config: RunConfig) -> None:
     with running(config.parallel, config.training.seed):
         prepare_folder(config)
         checkpoint = find_checkpoint(config.checkpoint)
-        datasets = build_datasets(config, tokenizer, _num_samples(config))
+        num_samples = num_samples_needed(config)
+        datasets = build_datasets(config, tokenizer, num_samples)
+        fingerprint = training_fingerprint(config, tokenizer, datasets[0], num_samples[0])
+        validation_sets = {}
+        if config.data.multiple_validation_sets:
+            validation_sets = build_validation_sets(config, tokenizer, num_samples[1])
         trainee = build_trainee(config)
         _describe(config, trainee)
-        progress = Progress()
+        progress = Progress(data=fingerprint)
         if checkpoint is not None:
             progress = load_checkpoint(
                 config,
@@ -76,6 +86,7 @@ def run(config: RunConfig) -> None:
                 chunks=trainee.model.chunks,
                 optimizer=trainee.optimizer,
                 scheduler=trainee.scheduler,
+                data=fingerprint,
             )
         if progress.iteration >= config.training.train_iters:
             logger.info("nothing to do: %s is at iteration %d", checkpoint, progress.iteration)
@@ -83,18 +94,10 @@ def run(config: RunConfig) -> None:
         sinks = open_sinks(config, progress.iteration) if is_rank_zero() else []
         reporter = Reporter(config, trainee.model.method, progress, sinks)
         try:
-            data = _training_data(config, datasets, progress.consumed_samples)
+            data = _training_data(config, datasets, validation_sets, progress.consumed_samples)
             train(config, trainee, data, progress, reporter, start_s)
         finally:
             reporter.close()
-
-
-def _num_samples(config: RunConfig) -> tuple[int, int, int]:
-    """Sequences that training, one validation and the test read."""
-    training = config.training
-    assert training.global_batch_size is not None
-    num_evaluation = training.eval_iters * training.global_batch_size
-    return training.train_iters * training.global_batch_size, num_evaluation, num_evaluation
 
 
 def build_trainee(config: RunConfig) -> Trainee:
@@ -105,16 +108,23 @@ def build_trainee(config: RunConfig) -> Trainee:
 
 
 def _training_data(
-    config: RunConfig, datasets: tuple[Any, Any, Any], consumed_samples: int
+    config: RunConfig,
+    datasets: tuple[Any, Any, Any],
+    validation_sets: dict[str, Any],
+    consumed_samples: int,
 ) -> TrainingData:
-    """Readers of the three datasets."""
+    """Readers of the three datasets, or of each validation set by itself."""
     train_set, valid_set, test_set = datasets
     evaluates = bool(config.training.eval_iters)
+    validates = evaluates and bool(config.training.eval_interval)
     return TrainingData(
         train=_reader(config, train_set, consumed_samples),
         valid=_reader(config, valid_set, 0)
-        if valid_set is not None and evaluates and config.training.eval_interval
+        if valid_set is not None and validates and not validation_sets
         else None,
+        validation_sets={
+            name: _reader(config, each, 0) for name, each in validation_sets.items() if validates
+        },
         test=_reader(config, test_set, 0) if test_set is not None and evaluates else None,
     )
 

@@ -94,6 +94,7 @@ class TensorBoard:
         """Add every number of a record."""
         split, iteration = record["split"], record["iteration"]
         suffix = {"train": "", "valid": " validation", "test": " test"}[split]
+        suffix += f" {record['dataset']}" if "dataset" in record else ""
         for name, value in record.items():
             if name != "iteration" and isinstance(value, int | float):
                 tag = TENSORBOARD_TAGS.get(name, name.replace("_", "-"))
@@ -119,7 +120,7 @@ class WeightsAndBiases:
 
     def write(self, record: Record) -> None:
         """Log every number of a record as split/name."""
-        split = record["split"]
+        split = "/".join(record[key] for key in ("split", "dataset") if key in record)
         values = {f"{split}/{k}": v for k, v in record.items() if isinstance(v, int | float)}
         self._run.log(values, step=record["iteration"])
 

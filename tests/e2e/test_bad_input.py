@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no checkpoint": ({"load": "{folder}/empty"}, ["empty", "--load"]),
     "no such checkpoint": ({"load": "{folder}/run", "ckpt_step": 7}, ["7"]),
     "damaged checkpoint": ({"load": "{folder}/damaged"}, ["latest_checkpointed_iteration.txt"]),
-    "pipeline": ({"pipeline_model_parallel_size": 2}, ["not supported in this version"]),
+    "pipeline": ({"pipeline_model_parallel_size": 2}, ["does not divide the 1 ranks"]),
     "a file as folder": ({"save": "{folder}/corpus.jsonl"}, ["corpus.jsonl"]),
     "backend": ({"distributed_backend": "nccl"}, ["nccl", "gloo"]),
     "missing package": ({"wandb_project": "x"}, ["pip install wandb"]),

@@ -112,3 +112,21 @@ def test_bad_input(arguments: list[str], message: str) -> None:
     ended = run(*arguments)
     assert ended.returncode == 2, ended.stderr
     assert message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_preprocess(tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl"
+    words = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "klmn"]
+    lines = (json.dumps({"text": " ".join(words[i % 7 :: 1 + i % 5])}) for i in range(300))
+    corpus.write_text("".join(line + "\n" for line in lines))
+    settings = ["--input", str(corpus), "--vocab-size", "310", "--rounds", "1"]
+    ended = run("preprocess", "--json", *settings)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert list(result["sides"]) == ["plain loop", "1 worker", "2 workers"]
+    assert result["outputs_are_equal"] and result["text_bytes"] > 10_000
+    for row in result["sides"].values():
+        assert row["tokens_per_s_per_core"] * row["workers"] == pytest.approx(row["tokens_per_s"])
+    assert "scaling from 1 to 2 workers" in result["ratios"]
+    ended = run("preprocess", "--workers", "0")
+    assert ended.returncode == 2 and "--workers: every number must be at least 1" in ended.stderr

@@ -6,6 +6,7 @@ the authors' code (stock transformers for vanilla) computed from them on CPU in 
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ NAMES = sorted(path.name for path in FOLDER.iterdir())
 _LAYER_NORM = {"normalization": "LayerNorm", "add_bias_linear": True}
 _BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gpt_neox": {"activation": "gelu", **_LAYER_NORM},
+    "gpt_neox": {
+        "activation": "gelu",
+        # What the authors' GPT-NeoX files do differently: named settings here (docs/methods.md).
+        "pause_always_scales": False,
+        "ponderlm_feedback": "hidden",
+        **_LAYER_NORM,
+    },
     "gpt2": {
         "activation": "gelu_tanh",
         "position_embedding_type": "learned_absolute",
@@ -45,6 +52,8 @@ _KEYS = {
     "num_latent_thoughts": ("num_latent_thoughts",),
     "num_jacobi_iterations": ("num_jacobi_iterations",),
     "scale_embeds": ("scale_embeds",),
+    "interpolation": ("interpolation",),
+    "pause_token_id": ("pause_token_id",),
 }
 
 
@@ -84,7 +93,9 @@ def load_case(name: str, **settings: Any) -> Case:
         **_BY_ARCHITECTURE[architecture],
         **values,
     )
-    world_size = settings.get("tensor_model_parallel_size", 1)
+    world_size = math.prod(
+        settings.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline")
+    )
     config = config.replaced(**settings)
     return Case(
         config=resolve(config, world_size=world_size, tokenizer_vocab_size=None),

@@ -1,4 +1,4 @@
-"""Our model against the authors' code: logits, loss, every gradient; TP 1, TP 2 and TP 2 + SP.
+"""Our model against the authors' code: logits, loss, every gradient; TP 1, TP 2 with SP, PP 2.
 
 Weights come in by Hugging Face name through our own tables and a checkpoint, gradients go back out
 through them. Planted faults must be caught.
@@ -10,7 +10,7 @@ import torch
 from megatron_ponder.convert.weight_names import to_huggingface, to_megatron
 from megatron_ponder.model.build import build_model_chunks
 from megatron_ponder.parallel.parallel_model import wrap_data_parallel
-from megatron_ponder.parallel.schedule import run_microbatches
+from megatron_ponder.parallel.schedule import add_up_over_ranks, run_microbatches
 from megatron_ponder.runtime import distributed
 from tests.golden.cases import NAMES, Case, load_case
 from tests.parity.faults import FAULTS
@@ -25,7 +25,13 @@ from tests.parity.tolerances import (
 from tests.ranks import run_ranks
 
 TP2 = {"tensor_model_parallel_size": 2}
-LAYOUTS = {"tp1": (1, {}), "tp2": (2, TP2), "tp2 sp": (2, TP2 | {"sequence_parallel": True})}
+PP2 = {"pipeline_model_parallel_size": 2, "global_batch_size": 2}
+LAYOUTS = {
+    "tp1": (1, {}),
+    "tp2": (2, TP2),
+    "tp2 sp": (2, TP2 | {"sequence_parallel": True}),
+    "pp2": (2, PP2),
+}
 THOUGHTS = "llama_ponderlm2_k2_j2"
 # Without thoughts there is nothing to leave out or misplace.
 CATCHABLE = {
@@ -38,7 +44,20 @@ CATCHABLE = {
         "one pass short",
     ],
     "gpt2_vanilla": ["shifted label"],
+    "llama_ponderlm_k2": [
+        "skipped norm",
+        "unscaled embedding",
+        "unscaled mixture",
+        "mixture without gradient to embeddings",
+    ],
+    "gpt_neox_ponderlm_k2": ["skipped norm", "lost input"],
+    "llama_loop_k2": ["unscaled embedding", "norm in every loop"],
+    "llama_pause_k2": ["unscaled pause", "position per slot", "loss at first stage"],
 }
+IN_ONE_FORWARD = ["one pass short"]
+"""Faults of running all passes on one stage."""
+OF_SHARDS = {"llama_ponderlm_k2": ["mixture of the own shard"]}
+"""Faults of tensor parallelism."""
 
 
 def violations(case: Case, checkpoint: str, fault: str | None = None) -> list[str]:
@@ -60,14 +79,16 @@ def violations(case: Case, checkpoint: str, fault: str | None = None) -> list[st
         "labels": case.input_ids.roll(-1, dims=1),
         "loss_mask": loss_mask,
     }
+    size = case.input_ids.size(0)
     totals = run_microbatches(
         model,
-        iter([batch]),
+        iter([{name: t[i : i + 1] for name, t in batch.items()} for i in range(size)]),
         plan=plan,
-        num_microbatches=1,
-        micro_batch_size=2,
+        num_microbatches=size,
+        micro_batch_size=1,
         seq_length=case.input_ids.size(1),
     )
+    totals = add_up_over_ranks(totals)
     gradients = to_huggingface(gather_gradients(model), case.config.model)
     distributed.leave_layout()
     found = []
@@ -92,10 +113,13 @@ def violations_of_all(folder: str, settings: dict) -> dict[str, list[str]]:
 
 def faults_caught(folder: str, settings: dict) -> dict[str, list[str]]:
     """Every planted fault on one layout."""
+    is_sharded = settings.get("tensor_model_parallel_size", 1) > 1
+    is_pipelined = settings.get("pipeline_model_parallel_size", 1) > 1
     return {
         f"{name}, {fault}": violations(load_case(name, **settings), f"{folder}/{name}", fault)
         for name, faults in CATCHABLE.items()
-        for fault in faults
+        for fault in faults + (OF_SHARDS.get(name, []) if is_sharded else [])
+        if not (is_pipelined and fault in IN_ONE_FORWARD)
     }
 
 
@@ -111,14 +135,14 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_authors_code(layout, checkpoints):
-    """All eight cases of vanilla and ponderlm2."""
-    assert len(NAMES) == 8
+    """All fourteen cases of the five methods."""
+    assert len(NAMES) == 14
     world_size, settings = LAYOUTS[layout]
     for found in run_ranks(violations_of_all, world_size, checkpoints, settings):
         assert not any(found.values()), found
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2 sp"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2 sp", "pp2"])
 def test_planted_faults_are_caught(layout, checkpoints):
     """Each fault shows in at least one number."""
     world_size, settings = LAYOUTS[layout]

@@ -32,6 +32,7 @@ def _position_per_slot(model: PonderGPTModel) -> None:
             angles = model.rotary_pos_emb.get_emb(model._num_tokens(hidden.size(0)))
             table = rotary_table(angles, 1, hidden.dtype)
             kept = kept_stages(pass_)
+            model.decoder.set_input_tensor(hidden)
             return model.decoder(hidden, attention_mask=kept, rotary_pos_emb=table)
 
         model.run_layers = run_layers_per_slot
@@ -154,6 +155,74 @@ def _norm_gradients_not_summed(model: PonderGPTModel) -> None:
         parameter.sequence_parallel = False
 
 
+def _unscaled_mixture(model: PonderGPTModel) -> None:
+    """Mix embeddings as they are stored, not as they are looked up."""
+    model.embedding_scale = None
+
+
+def _mixture_of_the_own_shard(model: PonderGPTModel) -> None:
+    """Under tensor parallelism, a softmax over the rank's own part of the vocabulary."""
+
+    def mix(read):
+        probabilities = torch.softmax(model.compute_logits(read), dim=-1)
+        mixture = torch.matmul(probabilities, model.mixed_embeddings()) * model.embedding_scale
+        if model.config.sequence_parallel:
+            return mixture.chunk(model.pg_collection.tp.size())[model.pg_collection.tp.rank()]
+        return mixture
+
+    model.mix = mix
+
+
+def _mixture_without_gradient_to_embeddings(model: PonderGPTModel) -> None:
+    """Take the embedding table in mixtures for a constant."""
+    original = model.mixed_embeddings
+    model.mixed_embeddings = lambda: original().detach()
+
+
+def _replicated_gradients_not_summed(model: PonderGPTModel) -> None:
+    """Under pipeline parallelism, leave the gradients of the embedding's copy on their stages."""
+    model.add_up_replicated_embedding = lambda: None
+
+
+def _norm_in_every_loop(model: PonderGPTModel) -> None:
+    """Run the final norm after passes that say it must not."""
+    model.read = lambda pass_, hidden: model.final_norm(hidden)
+
+
+def _positions_in_every_loop(model: PonderGPTModel) -> None:
+    """Add learned positions to what has them."""
+    original = model.add_positions
+    model.add_positions = lambda pass_, slots: original(
+        dataclasses.replace(pass_, add_positions=True), slots
+    )
+
+
+def _unscaled_pause(model: PonderGPTModel) -> None:
+    """Scale tokens, but not the pause tokens behind them."""
+    if not model.pre_process:
+        return
+    original = model.embed
+
+    def embed(tokens):
+        embeddings = original(tokens)
+        num_stages = 1 + len(model.method.extra_token_ids)
+        is_token = (torch.arange(embeddings.size(0)) % num_stages == 0)[:, None, None]
+        return torch.where(is_token, embeddings, embeddings / model.embedding_scale)
+
+    model.embed = embed
+
+
+def _lost_input(model: PonderGPTModel) -> None:
+    """Build the carry of a pass without its input."""
+    original = model.build_carry
+
+    def build_carry(pass_, read, pass_input):
+        kept = None if pass_input is None else torch.zeros_like(pass_input)
+        return original(pass_, read, kept)
+
+    model.build_carry = build_carry
+
+
 FAULTS: dict[str, Callable[[PonderGPTModel], None]] = {
     "shifted label": _shifted_label,
     "position per slot": _position_per_slot,
@@ -166,4 +235,12 @@ FAULTS: dict[str, Callable[[PonderGPTModel], None]] = {
     "tied gradients not summed": _tied_gradients_not_summed,
     "shards taken as contiguous": _shards_taken_as_contiguous,
     "keys of the own shard only": _keys_of_the_own_shard_only,
+    "unscaled mixture": _unscaled_mixture,
+    "mixture of the own shard": _mixture_of_the_own_shard,
+    "mixture without gradient to embeddings": _mixture_without_gradient_to_embeddings,
+    "replicated gradients not summed": _replicated_gradients_not_summed,
+    "norm in every loop": _norm_in_every_loop,
+    "positions in every loop": _positions_in_every_loop,
+    "unscaled pause": _unscaled_pause,
+    "lost input": _lost_input,
 }

@@ -55,6 +55,13 @@ PARALLEL_RESIDUAL = {"parallel_residual": True}
 K1 = {"method": "ponderlm2", "num_latent_thoughts": 1, "num_jacobi_iterations": 2}
 K2 = {"method": "ponderlm2", "num_latent_thoughts": 2, "num_jacobi_iterations": 1}
 VANILLA = {"method": "vanilla"}
+MIXTURES = K2 | {"interpolation": True}
+TOP_5 = {"interpolation_use_topk": True, "interpolation_topk": 5}
+PONDERLM = {"method": "ponderlm", "num_latent_thoughts": 2}
+ACCUMULATING = PONDERLM | {"residual_interpolated_embeds": True}
+HIDDEN = PONDERLM | {"ponderlm_feedback": "hidden"}
+LOOP = {"method": "loop", "num_latent_thoughts": 2}
+PAUSE = {"method": "pause", "num_latent_thoughts": 2, "pause_token_id": 100}
 MODELS = {
     "llama vanilla": LLAMA | VANILLA,
     "llama k1": LLAMA | K1,
@@ -65,6 +72,20 @@ MODELS = {
     "gpt2 vanilla": GPT2 | VANILLA,
     "gpt2 k1": GPT2 | K1,
     "gpt2 k2": GPT2 | K2,
+    "llama mixtures": LLAMA | MIXTURES,
+    "gpt2 mixtures of 5": GPT2 | MIXTURES | TOP_5,
+    "llama ponderlm": LLAMA | PONDERLM,
+    "neox ponderlm of 5": NEOX | PONDERLM | TOP_5 | PARALLEL_RESIDUAL,
+    "gpt2 ponderlm": GPT2 | PONDERLM,
+    "llama ponderlm accumulating": LLAMA | ACCUMULATING,
+    "neox ponderlm hidden": NEOX | HIDDEN | PARALLEL_RESIDUAL,
+    "gpt2 ponderlm hidden": GPT2 | HIDDEN,
+    "llama loop": LLAMA | LOOP,
+    "neox loop": NEOX | LOOP | PARALLEL_RESIDUAL,
+    "gpt2 loop": GPT2 | LOOP,
+    "llama pause": LLAMA | PAUSE,
+    "neox pause": NEOX | PAUSE | PARALLEL_RESIDUAL | {"pause_always_scales": False},
+    "gpt2 pause": GPT2 | PAUSE,
 }
 
 

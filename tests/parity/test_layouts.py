@@ -8,6 +8,7 @@ part of the matrix that has every layout and every model in it, `make test-all` 
 import pytest
 
 from tests.parity.layouts import (
+    DIST_OPT,
     LAYOUTS,
     MODELS,
     NUM_STEPS,
@@ -26,12 +27,15 @@ from tests.ranks import run_ranks
 REPRESENTATIVE = {
     "TP2": list(MODELS),
     "PP2": list(MODELS),
-    "CP2": list(MODELS),
-    "PP4": ["llama k2", "gpt2 k1"],
-    "TP2 + SP x PP2 x DP2 + dist-opt": ["gpt2 k2"],
+    "CP2": [m for m in MODELS if "ponderlm" not in m] + ["llama ponderlm", "gpt2 ponderlm hidden"],
+    "PP4": ["llama k2", "gpt2 k1", "llama ponderlm accumulating"],
+    "TP2 + SP": ["llama k2", "neox k1", "gpt2 vanilla", "gpt2 mixtures of 5", "llama pause"],
+    "PP2, 2 virtual": ["llama k2", "gpt2 vanilla", "llama ponderlm", "neox ponderlm hidden"],
+    "TP2 + SP x PP2 x DP2 + dist-opt": ["gpt2 k2", "llama ponderlm"],
 }
 """What `make test` runs of each layout; of those not named here, one model of each kind."""
 OF_EACH_KIND = ["llama k2", "neox k1", "gpt2 vanilla"]
+RECOMPUTED = [*OF_EACH_KIND, "llama mixtures", "llama ponderlm accumulating", "gpt2 loop"]
 SLOW = pytest.mark.slow
 
 
@@ -53,7 +57,7 @@ def test_layout_equals_single_process(name, checkpoints, single_process):
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, PP2 | VP2)], ids=["alone", "PP2 VP2"])
 def test_recomputation_equals_keeping(layout, recompute, checkpoints, single_process):
     settings = layout.settings | RECOMPUTE[recompute]
-    measured = measure_layout(Layout(layout.world_size, settings), OF_EACH_KIND, checkpoints)
+    measured = measure_layout(Layout(layout.world_size, settings), RECOMPUTED, checkpoints)
     assert_equal(measured, single_process, f"recompute {recompute}")
 
 
@@ -96,3 +100,34 @@ def test_planted_faults_are_caught(name, model, checkpoints, single_process):
     )[0]
     missed = [fault for fault in faults if not violations(measured[fault], single_process[model])]
     assert not missed, f"not caught: {missed}"
+
+
+FAULTS_BY_METHOD = {
+    ("TP2", "llama ponderlm"): ["mixture of the own shard"],
+    ("TP2 + SP", "neox ponderlm of 5"): ["unscaled mixture"],
+    ("TP2 + SP", "llama pause"): ["unscaled pause"],
+    ("PP2", "llama mixtures"): ["replicated gradients not summed"],
+    ("PP2", "gpt2 ponderlm"): ["mixture without gradient to embeddings"],
+    ("PP2", "llama ponderlm accumulating"): ["lost input", "carry of another micro-batch"],
+    ("CP2", "gpt2 loop"): ["positions in every loop", "norm in every loop"],
+}
+
+
+@pytest.mark.parametrize(("layout", "model"), FAULTS_BY_METHOD)
+def test_planted_faults_of_methods_are_caught(layout, model, checkpoints, single_process):
+    """So has that of the other methods."""
+    chosen, faults = LAYOUTS[layout], FAULTS_BY_METHOD[layout, model]
+    config = config_of(model, chosen.settings, chosen.world_size)
+    measured = run_ranks(
+        measure_faults, chosen.world_size, config, faults, f"{checkpoints}/{model}"
+    )[0]
+    missed = [fault for fault in faults if not violations(measured[fault], single_process[model])]
+    assert not missed, f"not caught: {missed}"
+
+
+@pytest.mark.parametrize("model", ["llama mixtures", "gpt2 ponderlm"])
+def test_mixtures_with_everything_overlapped(model, checkpoints, single_process):
+    """The table of embeddings on the last stage is complete before it is mixed."""
+    overlaps = ("overlap_grad_reduce", "overlap_param_gather", "overlap_p2p_communication")
+    layout = Layout(4, PP2 | DIST_OPT | dict.fromkeys(overlaps, True))
+    assert_equal(measure_layout(layout, [model], checkpoints), single_process, "overlapped")

@@ -18,7 +18,20 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.parallel.parallel_model import check_hook_counts
 from megatron_ponder.ponder.method import load_method
-from tests.parity.layouts import COMMON, GPT2, LLAMA, NEOX, PARALLEL_RESIDUAL
+from tests.parity.layouts import (
+    ACCUMULATING,
+    COMMON,
+    GPT2,
+    HIDDEN,
+    LLAMA,
+    LOOP,
+    MIXTURES,
+    NEOX,
+    PARALLEL_RESIDUAL,
+    PAUSE,
+    PONDERLM,
+    TOP_5,
+)
 from tests.parity.measure import Measured, measure, save_weights
 from tests.parity.tolerances import violations
 from tests.ranks import run_ranks
@@ -59,6 +72,8 @@ def runs(draw) -> tuple[int, RunConfig]:
         st.sampled_from(
             [{"method": "vanilla"}]
             + [{"method": "ponderlm2", "num_latent_thoughts": k} for k in (0, 1, 1, 2, 3)]
+            + [MIXTURES, MIXTURES | TOP_5, PONDERLM, PONDERLM | TOP_5, ACCUMULATING, HIDDEN]
+            + [LOOP, PAUSE]
         )
     )
     micro = draw(st.integers(1, 2))
@@ -68,10 +83,8 @@ def runs(draw) -> tuple[int, RunConfig]:
     distributed_optimizer = draw(st.booleans())
     overlap_grad_reduce = draw(st.booleans())
     run = COMMON.replaced(
-        **shape,
-        **method,
+        **{**shape, "num_jacobi_iterations": draw(st.integers(0, 3)), **method},
         num_layers=num_layers,
-        num_jacobi_iterations=draw(st.integers(0, 3)),
         scale_embeds=draw(st.booleans()),
         jacobi_grad_passes=draw(st.sampled_from((None, None, 1, 2))),
         tensor_model_parallel_size=tp,

@@ -33,6 +33,11 @@ def thoughts(k: int, r: int, **settings: object) -> dict:
     }
 
 
+def passes(k: int, method: str, **settings: object) -> dict:
+    return {"method": method, "num_latent_thoughts": k, **settings}
+
+
+MIX_7 = {"interpolation_use_topk": True, "interpolation_topk": 7}
 CASES = {
     "llama, grouped queries, k0": LLAMA | thoughts(0, 3),
     "llama, grouped queries, k1 r0": LLAMA | thoughts(1, 0),
@@ -48,6 +53,22 @@ CASES = {
     | {"rotary_percent": 1.0, "rotary_base": 500.0},
     "gpt2 k1 r3": GPT2 | thoughts(1, 3),
     "gpt2 k2 r0": GPT2 | thoughts(2, 0),
+    "llama, mixtures, k2 r1": LLAMA | thoughts(2, 1, interpolation=True),
+    "gpt2, mixtures, unscaled, k1 r1": GPT2
+    | thoughts(1, 1, interpolation=True, scale_embeds=False),
+    "neox, mixtures of 7, k1 r2": NEOX | thoughts(1, 2, **MIX_7, interpolation=True),
+    "llama ponderlm k1": LLAMA | passes(1, "ponderlm"),
+    "llama ponderlm, mixtures of 7, k2": LLAMA | passes(2, "ponderlm", **MIX_7),
+    "neox ponderlm, accumulating, k3": NEOX
+    | passes(3, "ponderlm", residual_interpolated_embeds=True),
+    "gpt2 ponderlm k2": GPT2 | passes(2, "ponderlm"),
+    "gpt2 ponderlm, hidden states, k2": GPT2 | passes(2, "ponderlm", ponderlm_feedback="hidden"),
+    "llama loop k3": LLAMA | passes(3, "loop"),
+    "gpt2 loop k2": GPT2 | passes(2, "loop", scale_embeds=False),
+    "gpt2 pause k3": GPT2 | passes(3, "pause", pause_token_id=100),
+    "neox pause, unscaled, k1": NEOX
+    | passes(1, "pause", pause_token_id=7, pause_always_scales=False, scale_embeds=False),
+    "llama pause k0": LLAMA | passes(0, "pause", pause_token_id=7),
 }
 
 

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.benchmark.options import PipelineBenchmarkOptions, TrainBenchmarkOptions
+from megatron_ponder.benchmark.options import (
+    PipelineBenchmarkOptions,
+    PreprocessBenchmarkOptions,
+    TrainBenchmarkOptions,
+)
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.data.inspection import InspectConfig
+from megatron_ponder.data.merging import MergeConfig
+from megatron_ponder.data.options import PrepareIndexOptions
 from megatron_ponder.data.preprocess import PreprocessConfig
 from megatron_ponder.data.sentencepiece_training import TokenizerTrainingConfig
 from megatron_ponder.inference.options import (
@@ -24,10 +31,14 @@ from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
     TrainBenchmarkOptions,
+    PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
     PlanOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
+    MergeConfig,
+    InspectConfig,
+    PrepareIndexOptions,
     CheckpointOptions,
     EvaluateOptions,
     GenerateOptions,
@@ -36,7 +47,7 @@ OPTIONS = (
 OTHERS_FLAGS = frozenset(
     # torchrun, docker, pip, our entry points' own, the quickstart
     "nproc-per-node standalone nnodes redirects log-dir rdzv-endpoint target rm gpus ipc config "
-    "preset help folder fresh".split()
+    "preset help folder fresh methods".split()
 )
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
@@ -93,10 +104,10 @@ def test_examples_make_a_run(path: str) -> None:
     resolve(config, world_size=ranks, tokenizer_vocab_size=config.model.vocab_size or 2048)
 
 
-def test_every_architecture_has_a_recipe_with_and_without_thoughts() -> None:
+def test_every_architecture_has_a_recipe_of_every_method() -> None:
     for folder in ("llama", "pythia", "gpt2"):
         names = {Path(path).name.split("-")[0] for path in YAMLS if f"/{folder}/" in path}
-        assert names == {"vanilla", "ponderlm2"}
+        assert names == {"vanilla", "ponderlm2", "ponderlm", "loop", "pause"}
 
 
 def test_what_the_images_copy_is_there() -> None:

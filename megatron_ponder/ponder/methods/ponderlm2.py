@@ -10,6 +10,9 @@ the next token at stage K:
     pass K+R:          K+1 stages in;  logits from hidden_K
 
 Linear work in vanilla forwards: K(K+1)/2 + (K+1)(R+1).
+
+With `interpolation` a thought is, instead of the hidden state, the mixture of scaled embeddings by
+the probabilities that the hidden state gives to next tokens.
 """
 
 import math
@@ -17,7 +20,7 @@ import math
 from torch import Tensor
 
 from megatron_ponder.ponder.interleave import interleave
-from megatron_ponder.ponder.method import Method
+from megatron_ponder.ponder.method import Method, Mix
 from megatron_ponder.ponder.plan import Pass, PassPlan
 
 
@@ -33,15 +36,29 @@ class PonderLM2(Method):
         loss = [(k + 1, range(k, k + 1))]
         return PassPlan(
             passes=tuple(
-                Pass(index=index, num_stages=num_stages, read_stages=read_stages)
+                Pass(
+                    index=index,
+                    num_stages=num_stages,
+                    read_stages=read_stages,
+                    mixes_embeddings=self.config.interpolation and index < k + r,
+                )
                 for index, (num_stages, read_stages) in enumerate(growth + jacobi + loss)
             )
         )
 
     def embedding_scale(self, hidden_size: int) -> float | None:
-        """sqrt(2.5 h), so that embeddings under small initialisation have unit variance."""
-        return math.sqrt(2.5 * hidden_size) if self.config.scale_embeds else None
+        """sqrt(2.5 h), so that embeddings under small initialisation have unit variance.
+
+        sqrt(h) with `interpolation`, as in the authors' code.
+        """
+        if not self.config.scale_embeds:
+            return None
+        return math.sqrt(hidden_size if self.config.interpolation else 2.5 * hidden_size)
 
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
         """Each token's embedding, then the thoughts handed on by the previous pass."""
         return interleave(token_embeddings, carry)
+
+    def build_carry(self, pass_: Pass, read: Tensor, mix: Mix, pass_input: Tensor | None) -> Tensor:
+        """The next thoughts: hidden states, or mixtures."""
+        return mix(read) if pass_.mixes_embeddings else read

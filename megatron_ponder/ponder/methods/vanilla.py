@@ -1,6 +1,6 @@
 """vanilla: a plain language model. One pass, unscaled embeddings, standard initialisation."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,7 +11,10 @@ from megatron_ponder.ponder.plan import Pass, PassPlan
 class Vanilla(Method):
     """The baseline: K, R and `scale_embeds` are ignored."""
 
-    default_init_method: ClassVar[Literal["normal", "small"]] = "normal"
+    @property
+    def default_init_method(self) -> Literal["normal", "small"]:
+        """Standard initialisation."""
+        return "normal"
 
     def plan(self, num_jacobi_iterations: int) -> PassPlan:
         """One pass over the tokens."""

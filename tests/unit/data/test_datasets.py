@@ -8,9 +8,13 @@ import pytest
 
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
-from megatron_ponder.data.datasets import build_datasets
+from megatron_ponder.data.datasets import (
+    build_datasets,
+    build_validation_sets,
+    training_fingerprint,
+)
 from megatron_ponder.data.tokenizers import NullTokenizer
-from megatron_ponder.errors import DataError
+from megatron_ponder.errors import ConfigError, DataError
 from tests.ranks import run_ranks
 from tests.unit.data import corpora
 
@@ -26,11 +30,7 @@ def sequences(num_samples: tuple[int, int, int], **settings: Any) -> list[list[l
 def _sequences(
     num_samples: tuple[int, int, int], settings: dict[str, Any]
 ) -> list[list[list[int]] | None]:
-    config = RunConfig().replaced(
-        vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH, tokenizer_type="NullTokenizer", **settings
-    )
-    config = resolve(config, world_size=1)
-    datasets = build_datasets(config, NullTokenizer(VOCAB_SIZE), num_samples)
+    datasets = build_datasets(_config(**settings), NullTokenizer(VOCAB_SIZE), num_samples)
     return [
         None if split is None else [split[i]["tokens"].tolist() for i in range(len(split))]
         for split in datasets
@@ -100,3 +100,132 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             _sequences((4, 4, 4), settings)
+
+
+def test_masks_at_the_end_of_documents(folder: Path) -> None:
+    """Megatron's mask leaves out what stands behind an end, the reference's the end itself."""
+    settings = {"data_path": (prefix(folder, "low"),), "split": "1,0,0"}
+    end = VOCAB_SIZE - 1
+    for changes, expected in (
+        ({}, lambda token, label: True),
+        ({"eod_mask_loss": True}, lambda token, label: token != end),
+        ({"eod_as_target": False}, lambda token, label: label != end),
+        (
+            {"eod_mask_loss": True, "eod_as_target": False},
+            lambda token, label: end not in (token, label),
+        ),
+    ):
+        samples = run_ranks(_samples, 1, settings | changes)[0]
+        assert len(samples) == 54
+        for tokens, labels, mask in samples:
+            assert mask == [float(expected(t, i)) for t, i in zip(tokens, labels, strict=True)]
+
+
+def _samples(settings: dict[str, Any]) -> list[tuple[list, list, list]]:
+    """Tokens, labels and loss mask of every training sample; read twice, as loaders do."""
+    train, _, _ = build_datasets(_config(**settings), NullTokenizer(VOCAB_SIZE), (54, 0, 0))
+    assert train is not None
+    train[0]
+    keys = ("tokens", "labels", "loss_mask")
+    return [tuple(train[i][key].tolist() for key in keys) for i in range(len(train))]
+
+
+def _config(**settings: Any) -> RunConfig:
+    settings = {"seq_length": SEQ_LENGTH, **settings}
+    config = RunConfig().replaced(vocab_size=VOCAB_SIZE, tokenizer_type="NullTokenizer", **settings)
+    return resolve(config, world_size=1)
+
+
+@pytest.mark.parametrize("name", ["reset_position_ids", "reset_attention_mask"])
+def test_documents_that_cannot_be_kept_apart_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="attention here sees the whole sequence"):
+        _config(**{name: True})
+
+
+def test_each_validation_set_by_itself(folder: Path) -> None:
+    found = run_ranks(_validation_sets, 1, (prefix(folder, "low"), prefix(folder, "high")))[0]
+    assert list(found) == ["low_text_document", "high_text_document"]
+    assert max(max(s) for s in found["low_text_document"] if 99 not in s) < 50
+    assert min(min(s) for s in found["high_text_document"]) >= 50
+
+
+def _validation_sets(prefixes: tuple[str, ...]) -> dict[str, list[list[int]]]:
+    config = _config(train_data_path=prefixes[:1], valid_data_path=prefixes)
+    sets = build_validation_sets(config, NullTokenizer(VOCAB_SIZE), 5)
+    return {name: [each[i]["tokens"].tolist() for i in range(5)] for name, each in sets.items()}
+
+
+def test_data_written_anew_under_the_same_name_gets_new_indexes(tmp_path: Path) -> None:
+    """megatron-core's own cache goes by the name, and would cut the new data as the old."""
+    settings = {"split": "1,0,0"}
+    for documents in ([[1] * 30] * 4, [[2] * 7] * 9):
+        for suffix in (".bin", ".idx", ".manifest.json"):
+            for file in tmp_path.glob(f"data*{suffix}"):
+                file.unlink()
+        path = corpora.write_ids(tmp_path / "data", documents)
+        train, _, _ = sequences((8, 0, 0), data_path=(path,), **settings)
+        assert train and {i for s in train for i in s} == {documents[0][0], VOCAB_SIZE - 1}
+    caches = list((tmp_path / "cache").iterdir())
+    assert len(caches) == 2 and not any(path.name.startswith(".") for path in caches)
+
+
+def test_an_index_that_was_not_finished_is_never_used(tmp_path: Path) -> None:
+    path = corpora.write_ids(tmp_path / "data", [[1] * 30] * 4)
+    settings = {"data_path": (path,), "split": "1,0,0"}
+    expected = sequences((8, 0, 0), **settings)
+    (complete,) = (tmp_path / "cache").iterdir()
+    for file in complete.glob("*.npy"):
+        file.write_bytes(b"")
+    complete.rename(complete.with_name(f".{complete.name}.123.unfinished"))
+    assert sequences((8, 0, 0), **settings) == expected
+    again = sequences((8, 0, 0), **settings)
+    assert again == expected
+
+
+def test_indexes_are_built_once_by_many_ranks_and_may_be_read_only(tmp_path: Path) -> None:
+    path = corpora.write_ids(tmp_path / "data", [[i] * 30 for i in range(9)])
+    settings = {"data_path": (path,), "split": "1,0,0"}
+    first, second = run_ranks(_sequences, 2, (8, 0, 0), settings)
+    assert first == second
+    (complete,) = (tmp_path / "cache").iterdir()
+    before = {file: file.stat().st_mtime_ns for file in complete.iterdir()}
+    assert sequences((8, 0, 0), **settings) == first
+    assert {file: file.stat().st_mtime_ns for file in complete.iterdir()} == before
+
+
+def test_the_fingerprint_follows_content_blend_and_order(tmp_path: Path) -> None:
+    low = corpora.write_ids(tmp_path / "a" / "low", [[1] * 30] * 4)
+    moved = corpora.write_ids(tmp_path / "b" / "other", [[1] * 30] * 4)
+    high = corpora.write_ids(tmp_path / "a" / "high", [[2] * 30] * 4)
+
+    def fingerprint(**settings: Any) -> dict[str, Any]:
+        settings = {"data_path": (low,), **settings}
+        return run_ranks(_fingerprint, 1, settings)[0]
+
+    first = fingerprint()
+    assert fingerprint(data_path=(moved,)) == first
+    assert fingerprint(data_cache_path=str(tmp_path / "c"), num_workers=7) == first
+    for changed in (
+        {"data_path": (high,)},
+        {"data_path": ("1", low, "1", high)},
+        {"split": "1,1,1"},
+        {"seed": 3},
+        {"seq_length": 4},
+    ):
+        assert fingerprint(**changed) != first
+    blend = {"data_path": ("1", low, "3", high)}
+    assert fingerprint(**blend) == fingerprint(data_path=("0.25", low, "0.75", high))
+    assert fingerprint(**blend) != fingerprint(data_path=("3", low, "1", high))
+
+
+def _fingerprint(settings: dict[str, Any]) -> dict[str, Any]:
+    config = _config(**settings)
+    tokenizer = NullTokenizer(VOCAB_SIZE)
+    train, _, _ = build_datasets(config, tokenizer, (4, 0, 0))
+    return training_fingerprint(config, tokenizer, train, 4)
+
+
+def test_an_empty_split_of_which_nothing_is_wanted_is_no_problem(tmp_path: Path) -> None:
+    path = corpora.write_ids(tmp_path / "data", [[1] * 30] * 4)
+    train, valid, test = sequences((4, 0, 0), data_path=(path,), split="969,30,1")
+    assert train and valid is None and test is None

@@ -1,15 +1,22 @@
 """Tokenizers lose nothing and say clearly what is wrong with a file."""
 
+import base64
+import dataclasses
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ponder.config.schema import DataConfig
 from megatron_ponder.data.sentencepiece_training import (
+    PAUSE_ID,
     TokenizerTrainingConfig,
+    sample_texts,
     train_sentencepiece,
 )
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
@@ -107,3 +114,113 @@ def test_too_little_text_for_the_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="smaller --vocab-size"):
         train_sentencepiece(config)
     assert not output.exists()
+
+
+def sample(folder: Path, **settings: Any) -> list[str]:
+    corpus = corpora.write_json_lines(folder / "c.jsonl", corpora.texts(200))
+    config = TokenizerTrainingConfig(input=(corpus,), output="x", **settings)
+    return sample_texts(config)
+
+
+def test_training_text_is_an_even_sample_in_the_order_of_the_input(tmp_path: Path) -> None:
+    everything = sample(tmp_path)
+    assert "".join(everything) == "".join(corpora.texts(200))
+    some = sample(tmp_path, max_train_bytes=20_000)
+    assert 15_000 < sum(map(len, some)) <= 20_000
+    places = [everything.index(text) for text in some]
+    assert places == sorted(places)
+    assert places[0] < len(everything) / 5 and places[-1] > len(everything) * 4 / 5
+    assert sample(tmp_path, max_train_bytes=20_000) == some
+    assert sample(tmp_path, max_train_bytes=20_000, seed=2) != some
+
+
+def test_training_text_is_as_strict_as_preprocessing(tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl.gz"
+    corpus.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": 1}\n{"text": "two"}\n'))
+    settings = {"input": (str(corpus),), "output": "x"}
+    with pytest.raises(DataError, match=":2: key 'text' is not a string"):
+        sample_texts(TokenizerTrainingConfig(**settings))  # type: ignore[arg-type]
+    config = TokenizerTrainingConfig(max_rejected=1, **settings)  # type: ignore[arg-type]
+    assert sample_texts(config) == ["one", "two"]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_the_hugging_face_export_gives_the_same_ids(model_type: str, tmp_path: Path) -> None:
+    # The name of a control piece in text, of characters that the vocabulary lacks, is refused.
+    hard = corpora.HARD_TEXTS if model_type == "bpe" else corpora.HARD_TEXTS[:-1]
+    texts = [*corpora.texts(), *hard]
+    corpus = corpora.write_json_lines(tmp_path / "c.jsonl", texts)
+    output = tmp_path / "t.model"
+    config = TokenizerTrainingConfig(
+        input=(corpus,),
+        output=str(output),
+        vocab_size=340,
+        model_type=model_type,  # type: ignore[arg-type]
+        hf_output=str(tmp_path / "hf"),
+    )
+    train_sentencepiece(config)
+    ours = build("SentencePieceTokenizer", output)
+    theirs = build("HuggingFaceTokenizer", tmp_path / "hf")
+    assert (theirs.eod, theirs.vocab_size) == (ours.eod, ours.vocab_size)
+    for text in (*corpora.texts(60), *hard):
+        assert theirs.tokenize(text) == ours.tokenize(text), text
+        assert theirs.detokenize(ours.tokenize(text)) == text
+    with pytest.raises(DataError, match="exists already"):
+        train_sentencepiece(dataclasses.replace(config, output=str(tmp_path / "other.model")))
+
+
+def test_tiktoken_vocabularies(tmp_path: Path) -> None:
+    ranks = [bytes([i]) for i in range(256)] + [b"ba", b"bak"]
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks))
+    (tmp_path / "t.tiktoken").write_bytes(b"".join(lines))
+    described = {
+        "ranks": "t.tiktoken",
+        "pattern": r"\s*\S+|\s+",
+        "special_tokens": {"<|endoftext|>": 258},
+    }
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(described))
+    tokenizer = build("TikTokenizer", path)
+    assert tokenizer.tokenize("bak ba") == [257, 32, 256]
+    assert (tokenizer.eod, tokenizer.vocab_size) == (258, 259)
+    for text in (*corpora.HARD_TEXTS, "<|endoftext|>"):
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+        assert tokenizer.eod not in tokenizer.tokenize(text)
+    (tmp_path / "t.tiktoken").write_bytes(b"".join((b"YWI= 256\n",)))
+    other = build("TikTokenizer", path)
+    assert other.unique_identifiers != tokenizer.unique_identifiers
+    path.write_text(json.dumps({**described, "special_tokens": {"<stop>": 258}}))
+    with pytest.raises(DataError, match="eos_token"):
+        build("TikTokenizer", path)
+    path.write_text(json.dumps({"pattern": "x"}))
+    with pytest.raises(DataError, match="ranks, pattern and special_tokens"):
+        build("TikTokenizer", path)
+
+
+def test_a_batch_gives_what_its_texts_give(tmp_path: Path, tokenizer_model: str) -> None:
+    folder = corpora.train_json_tokenizer(tmp_path / "hf", "<|endoftext|>")
+    texts = [*corpora.texts(), *corpora.HARD_TEXTS, ""]
+    for tokenizer in (
+        build("SentencePieceTokenizer", tokenizer_model),
+        build("HuggingFaceTokenizer", folder),
+    ):
+        assert tokenizer.tokenize_batch(texts) == [tokenizer.tokenize(text) for text in texts]
+
+
+def test_a_reserved_pause_piece_changes_no_other_id(tmp_path: Path, tokenizer_model: str) -> None:
+    corpus = corpora.write_json_lines(tmp_path / "corpus.jsonl", corpora.texts())
+    models = []
+    for name, piece in (("plain", None), ("paused", "<pause>")):
+        output = str(tmp_path / f"{name}.model")
+        config = TokenizerTrainingConfig(
+            input=(corpus,), output=output, vocab_size=corpora.VOCAB_SIZE, pause_piece=piece
+        )
+        train_sentencepiece(config)
+        models.append(sentencepiece.SentencePieceProcessor(model_file=output))
+    plain, paused = models
+    assert paused.id_to_piece(PAUSE_ID) == "<pause>" and paused.is_control(PAUSE_ID)
+    for id_ in set(range(corpora.VOCAB_SIZE)) - {PAUSE_ID}:
+        assert paused.id_to_piece(id_) == plain.id_to_piece(id_)
+    for text in (*corpora.HARD_TEXTS, "<pause>", *corpora.texts(5)):
+        assert PAUSE_ID not in paused.encode(text)
+        assert paused.encode(text) == plain.encode(text)

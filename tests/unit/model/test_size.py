@@ -89,6 +89,10 @@ def ponderlm2(k, r):
     return {"method": "ponderlm2", "num_latent_thoughts": k, "num_jacobi_iterations": r}
 
 
+def extra(k, method):
+    return {"method": method, "num_latent_thoughts": k}
+
+
 FLOP_CASES = {
     "llama vanilla": LLAMA | VANILLA,
     "neox vanilla": NEOX | VANILLA,
@@ -97,6 +101,15 @@ FLOP_CASES = {
     "llama k1 r1, a head of its own width": LLAMA | ponderlm2(1, 1) | {"kv_channels": 6},
     "neox parallel k1 r2": NEOX | ponderlm2(1, 2) | {"parallel_residual": True},
     "gpt2 k2 r1": GPT2 | ponderlm2(2, 1),
+    "llama k2 r1, mixtures": LLAMA | ponderlm2(2, 1) | {"interpolation": True},
+    "llama ponderlm": LLAMA | extra(3, "ponderlm"),
+    "gpt2 ponderlm, top-k": GPT2 | extra(2, "ponderlm") | {"interpolation_use_topk": True},
+    "neox ponderlm, hidden states": NEOX | extra(2, "ponderlm") | {"ponderlm_feedback": "hidden"},
+    "neox loop": NEOX | extra(3, "loop"),
+    "llama pause": LLAMA | extra(3, "pause") | {"pause_token_id": 111},
+    "llama ponderlm, two passes with a gradient": LLAMA
+    | extra(3, "ponderlm")
+    | {"jacobi_grad_passes": 2},
     "llama k1 r2, two passes with a gradient": LLAMA | ponderlm2(1, 2) | {"jacobi_grad_passes": 2},
 }
 
@@ -143,12 +156,12 @@ def test_equals_torchs_counter():
         config = flop_config(name)
         plan = training_plan(load_method(config.method), config.method.num_jacobi_iterations)
         counts = forward_flops(config.model, plan, SEQ_LENGTH)
-        linear = sum(p.linear + p.head for p in counts.passes)
+        linear = sum(p.linear + p.head + p.mixture for p in counts.passes)
         attention = sum(p.attention for p in counts.passes)
         assert forward == (linear, 2 * attention), name
         assert counts.total == linear + attention
         backward = [p for p in counts.passes if p.has_grad]
-        linear += 2 * sum(p.linear + p.head for p in backward)
+        linear += 2 * sum(p.linear + p.head + p.mixture for p in backward)
         attention += 2 * sum(p.attention for p in backward)
         assert with_backward == (linear, 2 * attention), name
         assert counts.training == linear + attention

@@ -1,0 +1,130 @@
+"""Conversations packed whole into sequences, for supervised fine-tuning.
+
+Conversations are shuffled anew for each repetition and laid one behind the other as long as the
+next one fits; the rest of a sequence is padding that takes no part in the loss. Nothing is cut but
+a conversation that is longer than a sequence, which loses its end. Attention sees the conversations
+before in the same sequence. Left out: how they are tokenized (conversations.py).
+"""
+
+import logging
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_ponder.data.conversations import IDS_STREAM, MASK_STREAM
+from megatron_ponder.data.indexed import check_indexed_dataset, index_file, open_index
+from megatron_ponder.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def mask_prefix(prefix: str) -> str:
+    """The dataset with the loss mask of another one.
+
+    Raises:
+        DataError: the prefix is not one that --instruction-data writes.
+    """
+    if not prefix.endswith(IDS_STREAM):
+        raise DataError(
+            f"{prefix}: with --instruction-data the prefix ends in {IDS_STREAM}, as "
+            "tools/preprocess_data.py --instruction-data writes it."
+        )
+    return prefix.removesuffix(IDS_STREAM) + MASK_STREAM
+
+
+def check_instruction_dataset(prefix: str) -> None:
+    """Check that every conversation has a mask of its length.
+
+    Raises:
+        DataError: a file is missing or damaged, or the two do not belong together.
+    """
+    check_indexed_dataset(prefix)
+    mask = mask_prefix(prefix)
+    check_indexed_dataset(mask)
+    lengths, others = (open_index(index_file(p)).lengths for p in (prefix, mask))
+    if not numpy.array_equal(lengths, others):
+        raise DataError(f"{mask}: belongs to other conversations than {prefix}.")
+
+
+class InstructionDataset(Dataset):
+    """Sequences of packed conversations, as many as are wanted."""
+
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        documents: range,
+        num_samples: int,
+        seq_length: int,
+        seed: int,
+        pad: int,
+    ) -> None:
+        """Plan the sequences.
+
+        Args:
+            prefix: of the ids.
+            documents: the conversations to use, by number.
+            num_samples: sequences to plan; conversations are repeated where there are too few.
+            seq_length: tokens per sequence.
+            seed: of the order.
+            pad: id that fills a sequence up.
+        """
+        self._ids = IndexedDataset(prefix)
+        self._mask = IndexedDataset(mask_prefix(prefix))
+        self._seq_length, self._pad = seq_length, pad
+        lengths = numpy.asarray(self._ids.sequence_lengths)[documents.start : documents.stop]
+        num_cut = int((lengths > seq_length + 1).sum())
+        if num_cut:
+            logger.warning(
+                "%s: %d of %d conversations are longer than a sequence and lose their end",
+                prefix,
+                num_cut,
+                len(lengths),
+            )
+        self._packs: list[numpy.ndarray] = []
+        epoch = 0
+        while len(self._packs) < num_samples:
+            order = numpy.random.RandomState([seed, epoch]).permutation(len(lengths))
+            self._packs += _pack(order, lengths[order], seq_length + 1)
+            epoch += 1
+        self.is_repeated = epoch > 1
+        self._first = documents.start
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`tokens`, `labels`: int64 [s]; `loss_mask`: fp32 [s], 1 where the label is learned."""
+        size = self._seq_length + 1
+        chosen = [self._first + int(number) for number in self._packs[index]]
+        ids = _filled([self._ids[each] for each in chosen], size, self._pad)
+        mask = _filled([self._mask[each] for each in chosen], size, 0)
+        return {
+            "tokens": ids[:-1].clone(),
+            "labels": ids[1:].clone(),
+            "loss_mask": mask[1:].to(torch.float32),
+        }
+
+
+def _pack(order: numpy.ndarray, lengths: numpy.ndarray, size: int) -> list[numpy.ndarray]:
+    """Cut an order of conversations where the next one does not fit any more."""
+    cuts = []
+    used = 0
+    for place, length in enumerate(lengths.tolist()):
+        if used and used + length > size:
+            cuts.append(place)
+            used = 0
+        used += length
+    return numpy.split(order, cuts)
+
+
+def _filled(parts: list[Any], size: int, padding: int) -> Tensor:
+    """Parts one behind the other, cut and filled up to a size."""
+    joined = numpy.concatenate(parts).astype(numpy.int64)[:size]
+    filled = numpy.full(size, padding, numpy.int64)
+    filled[: len(joined)] = joined
+    return torch.from_numpy(filled)

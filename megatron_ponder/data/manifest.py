@@ -1,0 +1,83 @@
+"""PREFIX.manifest.json: what a dataset was made of, with what, and what its files must hold.
+
+    format       of this file
+    inputs       path, bytes and SHA-256 of every file that was read
+    tokenizer    kind, SHA-256 of its content, vocabulary and end id
+    options      those that decide the result
+    documents    read = written + the sum of rejected, which has a number per kind
+    datasets     for each: documents, sequences, tokens, dtype, size and SHA-256 of its files
+
+It holds nothing that differs between two runs over the same input. Left out: who reads it
+(inspection.py, fingerprint.py).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ponder.data.tokenizers import Tokenizer
+from megatron_ponder.errors import DataError
+
+FORMAT = 1
+SUFFIX = ".manifest.json"
+HASH_BYTES = 1 << 22
+
+
+def manifest_file(prefix: str | Path) -> Path:
+    """PREFIX.manifest.json."""
+    return Path(f"{prefix}{SUFFIX}")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one go."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def find_manifest(dataset: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The manifest that tells of a dataset, by the dataset's prefix; None where there is none.
+
+    Raises:
+        DataError: it is there and cannot be read.
+    """
+    for path in _candidates(Path(dataset)):
+        if not path.is_file():
+            continue
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if Path(dataset).name in manifest["datasets"]:
+                return path, manifest
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: damaged, or no manifest ({error}).") from None
+    return None
+
+
+def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What tells a tokenizer from others."""
+    return {
+        **tokenizer.unique_identifiers,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+    }
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _candidates(dataset: Path) -> Iterator[Path]:
+    """Where the manifest of PREFIX_KEY_document may lie; keys and prefixes may have underscores."""
+    name = dataset.name
+    yield dataset.with_name(name + SUFFIX)
+    while "_" in name:
+        name = name.rpartition("_")[0]
+        yield dataset.with_name(name + SUFFIX)

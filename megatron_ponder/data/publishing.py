@@ -1,0 +1,104 @@
+"""Datasets joined from parts, and put in their places only when everything is there.
+
+Parts are shards of preprocessing or whole datasets; nothing is tokenized again. Files are written
+in a folder beside their places and renamed: data first, indexes behind them, the manifest last. A
+dataset without an index is not mistaken for one, and a manifest means that all is complete.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy
+
+from megatron_ponder import log
+from megatron_ponder.data.indexed import IndexPart, data_file, index_file, write_index
+from megatron_ponder.data.manifest import hash_file, manifest_file, write_json
+from megatron_ponder.errors import DataError
+
+
+class DatasetPart(IndexPart, Protocol):
+    """Consecutive sequences of a dataset that is to be written."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """The ids as they are stored."""
+
+
+def write_dataset(
+    prefix: Path, dtype: type[numpy.number], parts: Sequence[DatasetPart]
+) -> dict[str, Any]:
+    """Write PREFIX.bin and PREFIX.idx.
+
+    Returns:
+        The dataset's entry in a manifest.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    with (
+        data_file(prefix).open("wb") as file,
+        log.progress(None, f"joining {prefix.name}", "B", unit_scale=True) as bar,
+    ):
+        for part in parts:
+            for piece in part.pieces():
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
+                bar.update(len(piece))
+    write_index(index_file(prefix), dtype, parts)
+    return {
+        "documents": sum(part.num_documents for part in parts),
+        "sequences": sum(part.num_sequences for part in parts),
+        "tokens": size // numpy.dtype(dtype).itemsize,
+        "dtype": numpy.dtype(dtype).name,
+        "bin_bytes": size,
+        "bin_sha256": digest.hexdigest(),
+        "idx_bytes": index_file(prefix).stat().st_size,
+        "idx_sha256": hash_file(index_file(prefix)),
+    }
+
+
+def rejected_file(prefix: str | Path) -> Path:
+    """PREFIX.rejected.jsonl."""
+    return Path(f"{prefix}.rejected.jsonl")
+
+
+def existing_outputs(prefix: Path, datasets: Sequence[Path]) -> list[Path]:
+    """Files that a run would replace."""
+    files = [f(each) for each in datasets for f in (data_file, index_file)]
+    return [f for f in [*files, manifest_file(prefix), rejected_file(prefix)] if f.exists()]
+
+
+def refuse_existing(prefix: Path, datasets: Sequence[Path], overwrite: bool) -> None:
+    """Make the folder of the outputs, and refuse to replace any of them unless told to.
+
+    Raises:
+        DataError: one is there.
+    """
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    existing = existing_outputs(prefix, datasets)
+    if existing and not overwrite:
+        raise DataError(f"{existing[0]} exists already; give --overwrite to replace it.")
+
+
+def publish(
+    prefix: Path, staged: Mapping[Path, Path], manifest: dict[str, Any], rejected: Path | None
+) -> None:
+    """Put finished files into their places.
+
+    Args:
+        prefix: of manifest and rejected documents.
+        staged: where each dataset lies now, by where it is to lie; both without suffix.
+        manifest: to be written last.
+        rejected: the list of rejected documents; None where there are none.
+    """
+    for old in (manifest_file(prefix), *map(index_file, staged), rejected_file(prefix)):
+        old.unlink(missing_ok=True)
+    for place, now in staged.items():
+        os.replace(data_file(now), data_file(place))
+    if rejected is not None:
+        os.replace(rejected, rejected_file(prefix))
+    for place, now in staged.items():
+        os.replace(index_file(now), index_file(place))
+    write_json(manifest_file(prefix), manifest)

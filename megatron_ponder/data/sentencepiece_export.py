@@ -1,0 +1,149 @@
+"""A SentencePiece model as a Hugging Face tokenizer: the same pieces, ids and segmentation.
+
+Written for models as tools/train_tokenizer.py makes them: no normalisation, no blank put in front,
+bytes for what the vocabulary lacks. Control pieces are not found in text, as in SentencePiece;
+transformers adds the end token on top of that when it loads the folder. Left out: chat templates.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from megatron_ponder.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+BLANK = "\u2581"
+"""How SentencePiece writes a blank."""
+NEVER = -1e6
+"""Log probability of pieces that are not to be found in text."""
+MAX_TEXTS_COMPARED = 2000
+
+
+def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Args:
+        model_file: the SentencePiece model.
+        folder: to write into; created where it is missing.
+        texts: on which both must give the same ids, or (unigram) ids that are as likely: where two
+            segmentations are, each library takes another one. That is told.
+
+    Raises:
+        DataError: the model cannot be exported, or the ids differ.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    exported = to_tokenizers(model)
+    num_ties = 0
+    for text in texts[:MAX_TEXTS_COMPARED]:
+        ours, theirs = model.encode(text), exported.encode(text, add_special_tokens=False).ids
+        if ours == theirs:
+            continue
+        num_ties += 1
+        if model.decode(theirs) != text or not _is_as_likely(model, ours, theirs):
+            raise DataError(
+                f"{model_file}: cannot be exported: a Hugging Face tokenizer gives other ids, for "
+                f"example in {text[:80]!r}. Use the .model file itself."
+            )
+    if num_ties:
+        logger.warning(
+            "%s: in %d of %d texts Hugging Face takes another segmentation of the same likelihood",
+            folder,
+            num_ties,
+            min(len(texts), MAX_TEXTS_COMPARED),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "tokenizer.json", exported.to_str())
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": model.id_to_piece(model.eos_id()),
+        "unk_token": model.id_to_piece(model.unk_id()),
+        "clean_up_tokenization_spaces": False,
+    }
+    if model.bos_id() >= 0:
+        config["bos_token"] = model.id_to_piece(model.bos_id())
+    _write(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+
+
+def to_tokenizers(model: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
+    """The same segmentation by the tokenizers library."""
+    pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
+    scores = [model.get_score(number) for number in range(model.vocab_size())]
+    built: Any
+    if _is_unigram(model, scores):
+        # SentencePiece finds only normal pieces in text; here all are, unless they are unlikely.
+        vocabulary = [
+            (piece, score if _is_normal(model, number) else NEVER)
+            for number, (piece, score) in enumerate(zip(pieces, scores, strict=True))
+        ]
+        built = models.Unigram(vocabulary, unk_id=model.unk_id(), byte_fallback=True)
+    else:
+        built = models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=list(_merges(model, pieces)),
+            unk_token=pieces[model.unk_id()],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    exported = tokenizers.Tokenizer(built)
+    exported.normalizer = normalizers.Replace(" ", BLANK)
+    if not any(BLANK in piece.lstrip(BLANK) for piece in pieces):
+        # No piece goes on behind a blank, so that words can be segmented (and cached) one by one.
+        exported.pre_tokenizer = pre_tokenizers.Split(
+            Regex(f"{BLANK}*[^{BLANK}]+|{BLANK}+"), behavior="isolated"
+        )
+    exported.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return exported
+
+
+def _is_as_likely(
+    model: sentencepiece.SentencePieceProcessor, ids: Sequence[int], others: Sequence[int]
+) -> bool:
+    """Whether two segmentations have the same score in a unigram model."""
+    scores = [model.get_score(number) for number in range(model.vocab_size())]
+    if not _is_unigram(model, scores):
+        return False
+    sums = [sum(scores[number] for number in each) for each in (ids, others)]
+    return math.isclose(*sums, rel_tol=1e-5)
+
+
+def _is_normal(model: sentencepiece.SentencePieceProcessor, number: int) -> bool:
+    """Whether a piece stands for text."""
+    return not (model.is_control(number) or model.is_byte(number) or model.is_unknown(number))
+
+
+def _is_unigram(model: sentencepiece.SentencePieceProcessor, scores: Sequence[float]) -> bool:
+    """BPE scores are the negative rank of the merge; those of unigram are log probabilities."""
+    normal = [score for number, score in enumerate(scores) if _is_normal(model, number)]
+    return any(score != int(score) for score in normal)
+
+
+def _merges(
+    model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Every way to put a piece together from two others, best pieces first."""
+    numbers = {piece: number for number, piece in enumerate(pieces) if _is_normal(model, number)}
+    for piece in sorted(numbers, key=lambda p: -model.get_score(numbers[p])):
+        splits: Iterable[tuple[str, str]] = (
+            (piece[:i], piece[i:])
+            for i in range(1, len(piece))
+            if piece[:i] in numbers and piece[i:] in numbers
+        )
+        yield from sorted(splits, key=lambda pair: (numbers[pair[0]], numbers[pair[1]]))
+
+
+def _write(path: Path, content: str) -> None:
+    """Write a file in one go."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(content, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,81 @@
+"""The embedding table a second time, where the output layer is and a method mixes embeddings.
+
+Mixing needs the table on the last pipeline stage. With tied embeddings it is there; otherwise the
+last stage keeps a copy, which is the same parameter in everything but memory: equal initial weights
+(drawn by name), gradients added up over both stages (`parallel.schedule`), one entry in
+checkpoints, counted once in the gradient norm. megatron-core does this for tied embeddings only; by
+the attributes that are set here it counts such a parameter once, and cuts the distributed
+optimizer's shards of both alike.
+"""
+
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from megatron_ponder.runtime.distributed import data_parallel_group
+
+ORIGINAL = "embedding.word_embeddings.weight"
+COPY = "embedding_copy.weight"
+
+
+class EmbeddingCopy(tensor_parallel.VocabParallelEmbedding):
+    """The last stage's copy; nothing is looked up in it.
+
+    Args:
+        config: megatron-core's config.
+        vocab_size: padded number of rows over all tensor-parallel ranks.
+        pg_collection: process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vocab_size: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(
+            num_embeddings=vocab_size,
+            embedding_dim=config.hidden_size,
+            init_method=config.embedding_init_method,
+            config=config,
+            tp_group=pg_collection.tp,
+        )
+        mark_as_replicated(self.weight, is_copy=True)
+
+    def forward(self) -> Tensor:
+        """The whole local table, [v / tp, h].
+
+        To be asked by calling the module: where weights are gathered while the forward goes on,
+        megatron-core waits for a module's in a hook of its call.
+        """
+        return self.weight
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        """The table under the key of the original, as a replica that is not written."""
+        assert metadata is not None and not sharded_offsets
+        model_prefix = prefix.removesuffix("embedding_copy.")
+        weight = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.weight,
+            key=model_prefix + ORIGINAL,
+            replica_id=(1, 0, data_parallel_group().rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return {model_prefix + COPY: weight}
+
+
+def mark_as_replicated(weight: Tensor, *, is_copy: bool) -> None:
+    """Tell megatron-core that a parameter is on the first and on the last pipeline stage."""
+    setattr(weight, "shared_embedding", True)
+    if is_copy:
+        setattr(weight, "shared", True)

@@ -1,0 +1,40 @@
+"""echo: every token is followed by one slot that holds what the model made of it so far.
+
+The first pass sees the tokens alone. Each of the K passes behind it has two slots per token, the
+token and its echo: the mean of all hidden states that the pass before gave for the token. The next
+token is read at the echo. In no paper; the worked example of docs/adding-a-method.md.
+"""
+
+import math
+
+from torch import Tensor
+
+from megatron_ponder.ponder.interleave import interleave
+from megatron_ponder.ponder.method import Method
+from megatron_ponder.ponder.plan import Pass, PassPlan
+
+
+class Echo(Method):
+    """K refinements of one extra slot; R is ignored."""
+
+    def plan(self, num_jacobi_iterations: int) -> PassPlan:
+        """One pass over tokens, K over tokens and echoes; each hands on all that it gave."""
+        k = self.config.num_latent_thoughts
+        slots = [1] + [2] * k
+        passes = [Pass(index=i, num_stages=n, read_stages=range(n)) for i, n in enumerate(slots)]
+        last = slots[-1]
+        passes[-1] = Pass(index=k, num_stages=last, read_stages=range(last - 1, last))
+        return PassPlan(passes=tuple(passes))
+
+    def embedding_scale(self, hidden_size: int) -> float | None:
+        """Unit variance under small initialisation, like that of normed hidden states."""
+        return math.sqrt(2.5 * hidden_size) if self.config.scale_embeds else None
+
+    def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
+        """Tokens, and behind each the mean of what the pass before handed on for it."""
+        if carry is None:
+            return token_embeddings
+        s, b, h = token_embeddings.shape
+        # [s * m, b, h] -> [s, m, b, h] -> [s, b, h]
+        echoes = carry.view(s, -1, b, h).mean(dim=1)
+        return interleave(token_embeddings, echoes)

@@ -1,0 +1,46 @@
+"""Shows what is in an indexed dataset, and whether it is sound.
+
+    python tools/inspect_data.py --data-path data/corpus_text_document
+    python tools/inspect_data.py --data-path data/corpus_text_document --verify
+    python tools/inspect_data.py --data-path data/corpus_text_document --document 17 \
+        --tokenizer-model tokenizer.model --histogram lengths.png
+
+Exit code 2 and the reason where something is wrong.
+"""
+
+import json
+import sys
+
+import tyro
+
+from megatron_ponder.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse flags, look, print."""
+    from megatron_ponder import log
+    from megatron_ponder.data.inspection import InspectConfig, inspect_dataset
+
+    log.configure()
+    config = tyro.cli(InspectConfig, description=__doc__)
+    result = inspect_dataset(config)
+    if config.json:
+        print(json.dumps(result, indent=1))
+        return
+    document = result.pop("document", None)
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(
+                f"{key} {each:g}" if isinstance(each, float) else f"{key} {each}"
+                for key, each in value.items()
+            )
+        print(f"{name.replace('_', ' ')}: {value}")
+    if document is not None:
+        end = "an end id" if document["is_ended"] else "no end id"
+        print(f"document {document['number']}: {document['tokens']} tokens, {end} behind it\n")
+        print(document["text"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Builds the sample and shuffle indexes of a training run before it starts.
+
+    python tools/prepare_index.py --world-size 1024 --config run.yaml --data-path ...
+
+Takes every flag of megatron_ponder.pretrain: give those of the run. The run then finds its indexes
+in the cache (--data-cache-path), which its ranks need not be able to write.
+"""
+
+import sys
+
+import tyro
+
+from megatron_ponder.config.parse import parse_args
+from megatron_ponder.data.options import PrepareIndexOptions
+from megatron_ponder.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse flags and build."""
+    options, settings = tyro.cli(
+        PrepareIndexOptions,
+        prog="tools/prepare_index.py",
+        description=__doc__,
+        return_unknown_args=True,
+    )
+    config = parse_args(settings, prog="tools/prepare_index.py")
+    from megatron_ponder import log
+
+    log.configure()  # before the import below, which warns
+    from megatron_ponder.data.index_preparation import prepare_index
+
+    for name, num_sequences in prepare_index(options, config).items():
+        print(f"{name}: {num_sequences} sequences of {config.data.seq_length} tokens")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
