@@ -10,8 +10,7 @@ layers that are recomputed. With one stage all passes are one graph, in which to
 weight's gradient from the last pass's backward until the first pass's.
 
 Left out: the allocator's rounding and fragmentation, buffers of communication libraries, the
-framework itself (a CUDA context and libraries: about 1 GiB), data loading, evaluation and saving;
-and what methods need that mix embeddings between passes or carry their input.
+framework itself (a CUDA context and libraries: about 1 GiB), data loading, evaluation and saving.
 """
 
 import dataclasses

@@ -75,11 +75,6 @@ def plan_run(options: PlanOptions, config: RunConfig) -> dict[str, Any]:
         ],
         "limits": find_limits(config, options.world_size, num_microbatches),
     }
-    if any(pass_.mixes_embeddings or pass_.carries_input for pass_ in plan.passes):
-        result["not_counted"] = (
-            "this method's passes mix embeddings or carry their input: the memory and the messages "
-            "of that (logits of every pass, a copy of the embedding, wider carries) are not in here"
-        )
     if options.device_memory_gib is not None:
         available = options.device_memory_gib * BYTES_PER_GIB
         result["fits"] = fullest <= available

@@ -16,8 +16,6 @@ def as_text(result: dict[str, Any]) -> str:
         _traffic(result),
         _limits(result),
     ]
-    if "not_counted" in result:
-        sections.append([f"NOT COUNTED: {result['not_counted']}"])
     if "fits" in result:
         sections.append(_fit(result))
     return "\n\n".join("\n".join(lines) for lines in sections)

@@ -123,11 +123,3 @@ def test_local_parameters_add_up(preset: str) -> None:
     copies = result["parameters"]["embedding"] if is_tied else 0
     padding = 50304 - config.model.vocab_size
     assert total == result["parameters"]["total"] + copies + 2 * padding * config.model.hidden_size
-
-
-def test_what_is_not_counted_is_said() -> None:
-    config = small_run("llama", "K1")
-    plain = plan_run(PlanOptions(world_size=1), config)
-    mixing = plan_run(PlanOptions(world_size=1), config.replaced(method="ponderlm"))
-    assert "not_counted" not in plain
-    assert "NOT COUNTED" in as_text(mixing)
