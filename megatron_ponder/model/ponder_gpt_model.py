@@ -193,10 +193,12 @@ class PonderGPTModel(LanguageModule):
     ) -> Tensor:
         """One pass through this rank's layers, with or without a gradient, recomputed or not.
 
-        The carry into the first pass with a gradient is a constant.
+        The carry into the first pass with a gradient is a constant; it asks for a gradient that
+        nobody takes, because recomputed layers give their weights none if their input asks for
+        none, and a method's input may be nothing but the carry.
         """
         if self.pre_process and received is not None and pass_.index == plan.first_grad_pass:
-            received = received.detach()
+            received = received.detach().requires_grad_()
 
         def run(token_embeddings: Tensor | None, received: Tensor | None) -> Tensor:
             return self._compute_pass(pass_, plan, token_embeddings, received)

@@ -134,3 +134,14 @@ def test_mixtures_with_everything_overlapped(model, checkpoints, single_process)
     overlaps = ("overlap_grad_reduce", "overlap_param_gather", "overlap_p2p_communication")
     layout = Layout(4, PP2 | DIST_OPT | dict.fromkeys(overlaps, True))
     assert_equal(measure_layout(layout, [model], checkpoints), single_process, "overlapped")
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_recomputation_behind_a_constant_carry(recompute, checkpoints):
+    """Methods whose input is nothing but the carry, with a gradient through the last pass only."""
+    models = ["gpt2 loop", "neox ponderlm hidden", "llama ponderlm accumulating"]
+    settings = {"jacobi_grad_passes": 1}
+    truth = measure_layout(Layout(1, settings), models, checkpoints)[0]
+    for layout in (Layout(1, settings), Layout(2, settings | PP2)):
+        recomputed = Layout(layout.world_size, layout.settings | RECOMPUTE[recompute])
+        assert_equal(measure_layout(recomputed, models, checkpoints), truth, recompute)
