@@ -120,12 +120,12 @@ class ActivationCounter:
         return self.hidden_bytes(1) + softmax + self.rows(1) * (MASK_BYTES + INT64_BYTES)
 
     def mixture_bytes(self, pass_: Pass) -> int:
-        """A mixture of embeddings: the output layer's input, probabilities, what they give."""
+        """A mixture of embeddings: the output layer's input, the probabilities, the mixture."""
         if not pass_.mixes_embeddings:
             return 0
-        size, read = self.shards, pass_.num_read_stages
+        read, size = pass_.num_read_stages, self.shards
         probabilities = self.rows(read) * size.vocab_rows * size.element_bytes
-        return 2 * self.hidden_bytes(read) + probabilities
+        return probabilities + 2 * self.hidden_bytes(read)
 
     def carry_bytes(self, chunk: Chunk) -> int:
         """What the last stage hands on from a chunk."""

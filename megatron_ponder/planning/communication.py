@@ -2,7 +2,8 @@
 
 Collectives are counted as rings do them, over d ranks and n bytes: an all-reduce sends
 2 n (d-1)/d, an all-gather or reduce-scatter to or from n bytes n (d-1)/d. Counted are activations,
-gradients and weights; not counted are single numbers per token (the loss) or per step.
+gradients, weights and mixtures of embeddings; not counted are single numbers per token (the loss)
+or per step.
 """
 
 import dataclasses

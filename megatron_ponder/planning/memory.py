@@ -101,8 +101,8 @@ def count_local_parameters(config: RunConfig, stage: int) -> int:
             count += model.max_position_embeddings * size.hidden_size
     if stage == num_stages - 1:
         # Tied embeddings are one table where both ends are on one rank, and a copy where not.
-        has_own_head = model.untie_embeddings_and_output_weights or num_stages > 1
-        count += norm + (table if has_own_head else 0)
+        is_untied = model.untie_embeddings_and_output_weights
+        count += norm + (table if is_untied or num_stages > 1 else 0)
         count += table if has_embedding_copy(config) else 0
     return count
 
@@ -272,8 +272,12 @@ class _StagePeak:
         if not self._has_end(chunk):
             return 0
         head = self.counter.head_bytes() if self.plan.is_last(chunk.pass_) else 0
-        mixture = self.counter.mixture_bytes(chunk.pass_)
-        return self.counter.final_norm_bytes(chunk.pass_) + mixture + head
+        return self._pass_end_bytes(chunk) + head
+
+    def _pass_end_bytes(self, chunk: Chunk) -> int:
+        """What the last stage keeps of the way from the last layer to the carry."""
+        counter = self.counter
+        return counter.final_norm_bytes(chunk.pass_) + counter.mixture_bytes(chunk.pass_)
 
     def _backward_bytes(self, chunk: Chunk) -> int:
         """What a backward needs above everything alive, at its worst moment."""
@@ -282,10 +286,12 @@ class _StagePeak:
         # Layers that are kept have had their backward when those before them are recomputed.
         kept = self._units(chunk)[1] if not self._is_recomputed_whole(chunk) else 0
         at_layers = max(self._recomputed_bytes(chunk) - kept, 0)
-        at_layers += self._layer_backward_bytes(chunk)
+        at_layers += self._in_flight_bytes(chunk)
         is_loss = self._has_end(chunk) and self.plan.is_last(chunk.pass_)
         if self.num_stages == 1:
             at_layers += self._waiting_gradient_bytes(is_loss)
+        if self._has_end(chunk) and chunk.pass_.mixes_embeddings:
+            return max(self._mixture_backward_bytes(chunk), at_layers)
         if not is_loss:
             return at_layers
         return max(self._head_backward_bytes(), at_layers - self.counter.head_bytes())
@@ -312,7 +318,7 @@ class _StagePeak:
     def _recomputed_bytes(self, chunk: Chunk) -> int:
         """What is computed again and then held at once."""
         if self._is_recomputed_whole(chunk):
-            end = self.counter.final_norm_bytes(chunk.pass_) if self._has_end(chunk) else 0
+            end = self._pass_end_bytes(chunk) if self._has_end(chunk) else 0
             again = sum(self._layer_list(chunk)) + self.counter.rotary_bytes(chunk.pass_) + end
             is_input_held = not self._has_input(chunk)
         else:
@@ -321,19 +327,40 @@ class _StagePeak:
         held = self.counter.hidden_bytes(chunk.num_stages_inside) if is_input_held else 0
         return again - held
 
-    def _layer_backward_bytes(self, chunk: Chunk) -> int:
-        """Gradients in flight inside the MLP, where they are largest."""
+    def _in_flight_bytes(self, chunk: Chunk) -> int:
+        """Gradients inside the layers, above what is alive then.
+
+        The model's last layer has those of the slots that are read only; when the one before it has
+        its own, what the last one kept is gone.
+        """
+        anywhere = self._layer_backward_bytes(chunk.pass_.num_stages)
+        layers = self._layer_list(chunk)
+        units, _ = self._units(chunk)
+        if not self._has_end(chunk) or units or self._is_recomputed_whole(chunk):
+            return anywhere
+        at_last = self._layer_backward_bytes(chunk.pass_.num_read_stages)
+        return max(at_last, anywhere - layers[-1]) if len(layers) > 1 else at_last
+
+    def _layer_backward_bytes(self, num_stages: int) -> int:
+        """Gradients in flight inside the MLP of a layer, where they are largest."""
         size = self.counter.shards
-        rows = self.counter.rows(chunk.pass_.num_stages)
+        rows = self.counter.rows(num_stages)
         ffn, ffn_input = size.ffn_width, size.ffn_input_width
         moments = (
             ffn * (rows + size.hidden_size),  # second projection: input's and weight's gradient
             rows * (2 * ffn_input - ffn),  # activation: both gradients, silu again, input freed
             ffn_input * size.hidden_size - rows * ffn + rows * size.hidden_size,  # first projection
         )
-        hidden = self.counter.hidden_bytes(chunk.num_stages_inside)
+        hidden = self.counter.hidden_bytes(num_stages)
         gathered = hidden * size.sequence_shards if size.sequence_shards > 1 else 0
         return hidden + gathered + max(moments) * size.element_bytes
+
+    def _mixture_backward_bytes(self, chunk: Chunk) -> int:
+        """Gradients of the logits and of the embeddings, with what was computed again for them."""
+        size, read = self.counter.shards, chunk.pass_.num_read_stages
+        gradients = (self.counter.rows(read) + size.hidden_size) * size.vocab_rows
+        again = self._recomputed_bytes(chunk) if self._is_recomputed_whole(chunk) else 0
+        return gradients * size.element_bytes + again
 
     def _head_backward_bytes(self) -> int:
         """The output layer's weight gradient, its input's, and in bf16 the logits' in bf16."""

@@ -28,6 +28,8 @@ class Pass:
     """Whether the final norm is applied to what is read."""
     add_positions: bool = True
     """Whether learned positions are added to this pass's input (rotary ones always apply)."""
+    reads_tokens: bool = True
+    """Whether its input has the token embeddings in it, or is nothing but the carry."""
     mixes_embeddings: bool = False
     """Whether its carry is a mixture of embeddings: two products with the vocabulary more."""
     carries_input: bool = False

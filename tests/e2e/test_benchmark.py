@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ SMALL = (
 ).split()
 
 
-TIMED_RUN_TIMEOUT_S = 900
+TIMED_RUN_TIMEOUT_S, QUIET_TIMEOUT_S = 900, 300
 
 
 def run(*arguments: str, timeout_s: float = LAUNCH_TIMEOUT_S) -> subprocess.CompletedProcess:
@@ -72,15 +73,22 @@ def test_pipeline(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def wait_for_quiet() -> None:
+    """Until the machine has a core for each of two ranks, or five minutes are over."""
+    deadline = time.monotonic() + QUIET_TIMEOUT_S
+    while os.getloadavg()[0] > (os.cpu_count() or 2) and time.monotonic() < deadline:
+        time.sleep(5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layer_chunks", ["1", "2"])
-def test_predicted_pipeline_is_within_15_percent_of_a_timed_run(layer_chunks: str) -> None:
-    """Step time and bubble of a PP2 step. Needs two cores; the fastest of 20 steps counts."""
-    flag = "--num-virtual-stages-per-pipeline-rank"
-    ended = run(
-        *("pipeline", "--json", "--steps", "20", *PIPELINE, flag, layer_chunks),
-        timeout_s=TIMED_RUN_TIMEOUT_S,
-    )
+def test_predicted_pipeline_is_within_15_percent_of_a_timed_run() -> None:
+    """Step time and bubble of a PP2 step, one thread per rank.
+
+    Wants two cores to itself, so it waits for other tests' processes to be gone; the fastest of 60
+    steps counts, as others may be disturbed. Seen: bubble 0.98 alone, down to 0.8 at a load of 10.
+    """
+    wait_for_quiet()
+    ended = run("pipeline", "--json", "--steps", "60", *PIPELINE, timeout_s=TIMED_RUN_TIMEOUT_S)
     assert ended.returncode == 0, ended.stderr
     ratio = json.loads(ended.stdout)["predicted_over_measured"]
     assert ratio["ms"] == pytest.approx(1, abs=0.15)

@@ -2,7 +2,13 @@
 
 import pytest
 
-from tests.parity.layouts import MODELS, Layout, measure_layout, prepare_checkpoints
+from tests.parity.layouts import (
+    MODELS,
+    NUM_STEPS_OF_MATRIX,
+    Layout,
+    measure_layout,
+    prepare_checkpoints,
+)
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +23,9 @@ def checkpoints(tmp_path_factory):
 def single_process(checkpoints):
     """The one truth."""
     return measure_layout(Layout(1, {}), list(MODELS), checkpoints)[0]
+
+
+@pytest.fixture(scope="session")
+def single_process_of_matrix(checkpoints):
+    """The same, with as many steps as the whole matrix takes."""
+    return measure_layout(Layout(1, {}), list(MODELS), checkpoints, NUM_STEPS_OF_MATRIX)[0]

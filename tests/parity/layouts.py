@@ -16,6 +16,8 @@ from tests.parity.measure import Measured, measure, save_weights
 from tests.ranks import run_ranks
 
 NUM_STEPS = 5
+NUM_STEPS_OF_MATRIX = 3
+"""The whole matrix, which takes half an hour as it is."""
 GLOBAL_BATCH_SIZE = 4
 SEQ_LENGTH = 16
 TIMEOUT_S = 600
@@ -144,18 +146,24 @@ def batch() -> torch.Tensor:
     return torch.randint(101, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
 
 
-def measure_models(runs: dict[str, RunConfig], folder: str) -> dict[str, Measured]:
+def measure_models(
+    runs: dict[str, RunConfig], folder: str, num_steps: int = NUM_STEPS
+) -> dict[str, Measured]:
     """Measure each model from its checkpoint (inside a rank)."""
     return {
-        model: measure(config, f"{folder}/{model}", batch(), NUM_STEPS)
+        model: measure(config, f"{folder}/{model}", batch(), num_steps)
         for model, config in runs.items()
     }
 
 
-def measure_layout(layout: Layout, models: list[str], folder: str) -> list[dict[str, Measured]]:
+def measure_layout(
+    layout: Layout, models: list[str], folder: str, num_steps: int = NUM_STEPS
+) -> list[dict[str, Measured]]:
     """Every model on one layout, by rank."""
     runs = {m: config_of(m, layout.settings, layout.world_size) for m in models}
-    return run_ranks(measure_models, layout.world_size, runs, folder, timeout_s=TIMEOUT_S)
+    return run_ranks(
+        measure_models, layout.world_size, runs, folder, num_steps, timeout_s=TIMEOUT_S
+    )
 
 
 def write_checkpoints(runs: dict[str, RunConfig], folder: str) -> None:

@@ -12,6 +12,7 @@ from tests.parity.layouts import (
     LAYOUTS,
     MODELS,
     NUM_STEPS,
+    NUM_STEPS_OF_MATRIX,
     PP2,
     RECOMPUTE,
     VP2,
@@ -64,11 +65,13 @@ def test_recomputation_equals_keeping(layout, recompute, checkpoints, single_pro
 @SLOW
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_whole_matrix(name, recompute, checkpoints, single_process):
+def test_whole_matrix(name, recompute, checkpoints, single_process_of_matrix):
     layout = LAYOUTS[name]
     settings = layout.settings | RECOMPUTE[recompute]
-    measured = measure_layout(Layout(layout.world_size, settings), list(MODELS), checkpoints)
-    assert_equal(measured, single_process, f"{name}, recompute {recompute}")
+    measured = measure_layout(
+        Layout(layout.world_size, settings), list(MODELS), checkpoints, NUM_STEPS_OF_MATRIX
+    )
+    assert_equal(measured, single_process_of_matrix, f"{name}, recompute {recompute}")
 
 
 FAULTS_BY_LAYOUT = {

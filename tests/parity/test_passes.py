@@ -192,3 +192,17 @@ def test_the_check_itself_knows_when_the_count_is_fixed():
         parallel_model.check_hook_counts(allowed, load_method(allowed.method))
     with pytest.raises(ConfigError, match="from 2 to 5"):
         parallel_model.check_hook_counts(changing, load_method(changing.method))
+
+
+def test_the_check_knows_whether_the_embedding_gets_a_gradient():
+    """A pass whose input is nothing but a constant carry gives it none."""
+    one_pass = OVERLAP | {"jacobi_grad_passes": 1}
+    for model in ("llama k1", "llama pause", "gpt2 vanilla"):
+        config = config_of(model, one_pass, 2)
+        parallel_model.check_hook_counts(config, load_method(config.method))
+    for model in ("llama loop", "neox ponderlm hidden", "llama ponderlm", "gpt2 mixtures of 5"):
+        config = config_of(model, one_pass, 2)
+        with pytest.raises(ConfigError, match="a gradient that never comes"):
+            parallel_model.check_hook_counts(config, load_method(config.method))
+        whole = config_of(model, OVERLAP, 2)
+        parallel_model.check_hook_counts(whole, load_method(whole.method))

@@ -29,6 +29,7 @@ class Loop(Method):
                     read_stages=range(1),
                     final_norm=index == k,
                     add_positions=index == 0,
+                    reads_tokens=index == 0,
                 )
                 for index in range(k + 1)
             )

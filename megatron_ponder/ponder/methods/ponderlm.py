@@ -35,6 +35,7 @@ class PonderLM(Method):
                     index=index,
                     num_stages=1,
                     read_stages=range(1),
+                    reads_tokens=index == 0 or not self._accumulates,
                     mixes_embeddings=self._mixes and index < k,
                     carries_input=self._accumulates and index < k,
                 )

@@ -34,10 +34,10 @@ def small_run(architecture: str, method: str, world_size: int = 1, **settings: A
 
     Args:
         architecture: a key of ARCHITECTURES.
-        method: a key of METHODS.
+        method: a key of METHODS, or a method's name.
         world_size: ranks.
         settings: changes, by setting.
     """
-    flags = [*ARCHITECTURES[architecture], *SIZES, *METHODS[method]]
+    flags = [*ARCHITECTURES[architecture], *SIZES, *METHODS.get(method, ["--method", method])]
     config = parse_args(flags, prog="test").replaced(distributed_backend="gloo", **settings)
     return resolve(config, world_size=world_size)

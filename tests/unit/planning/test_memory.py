@@ -94,6 +94,29 @@ def test_pipeline() -> None:
         check(config, list(found))
 
 
+def test_every_method() -> None:
+    """On one process and on two stages, whose last has a copy of the embeddings that are mixed."""
+    pipeline = {"pipeline_model_parallel_size": 2, "global_batch_size": 4}
+    thinking: dict[str, Any] = {"num_latent_thoughts": 2, "num_jacobi_iterations": 1}
+    settings: list[tuple[str, str, dict[str, Any]]] = [
+        ("llama", "ponderlm", {}),
+        ("gpt2", "ponderlm", {}),
+        ("gpt_neox", "ponderlm", {"residual_interpolated_embeds": True}),
+        ("llama", "ponderlm", {"recompute_granularity": "pass"}),
+        ("llama", "ponderlm2", {"interpolation": True}),
+        ("gpt_neox", "loop", {}),
+        ("llama", "pause", {}),
+    ]
+    for world_size, layout in ((1, {}), (2, pipeline)):
+        configs = [
+            small_run(architecture, method, world_size=world_size, **thinking | layout | changes)
+            for architecture, method, changes in settings
+        ]
+        measured = run_ranks(_measure_all, world_size, configs)
+        for config, found in zip(configs, zip(*measured, strict=True), strict=True):
+            check(config, list(found))
+
+
 def test_bf16() -> None:
     """Not Llama: torch's RMSNorm in bf16 on CPU is a composition that keeps more than CUDA's."""
     configs = [
