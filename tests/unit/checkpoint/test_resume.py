@@ -1,41 +1,19 @@
 """A run that stops and goes on is the run that never stopped; other layouts can take it over."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.parity.layouts import CP2, DIST_OPT, GPT2, PP2, SP, TP2, VP2, Layout
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import resume, save_midway, small_config
 
 SAVED_AT = 3
 LAST = 6
-TP2 = {"tensor_model_parallel_size": 2}
-SP = {"sequence_parallel": True}
-DIST_OPT = {"use_distributed_optimizer": True}
 BF16 = {"bf16": True}
-PP2 = {"pipeline_model_parallel_size": 2}
-VP2 = {"num_virtual_stages_per_pipeline_rank": 2}
-CP2 = {"context_parallel_size": 2}
 OVERLAP = DIST_OPT | {"overlap_grad_reduce": True, "overlap_param_gather": True}
-GPT2 = {
-    "architecture": "gpt2",
-    "normalization": "LayerNorm",
-    "activation": "gelu_tanh",
-    "add_bias_linear": True,
-    "position_embedding_type": "learned_absolute",
-    "untie_embeddings_and_output_weights": False,
-}
 MIXING = {"method": "ponderlm", "num_latent_thoughts": 2, "num_layers": 4}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Ranks, and the settings that spread a run over them."""
-
-    world_size: int
-    settings: dict
 
 
 LAYOUTS = {
