@@ -30,7 +30,7 @@ REPRESENTATIVE = {
     "PP2": list(MODELS),
     "CP2": [m for m in MODELS if "ponderlm" not in m] + ["llama ponderlm", "gpt2 ponderlm hidden"],
     "PP4": ["llama k2", "gpt2 k1", "llama ponderlm accumulating"],
-    "TP2 + SP": ["llama k2", "neox k1", "gpt2 vanilla", "gpt2 mixtures of 5", "llama pause"],
+    "TP2 + SP": ["llama k2", "qwen3 k1", "llama3 k1", "neox k1", "gpt2 vanilla", "gpt2 mixtures of 5", "llama pause"],
     "PP2, 2 virtual": ["llama k2", "gpt2 vanilla", "llama ponderlm", "neox ponderlm hidden"],
     "TP2 + SP x PP2 x DP2 + dist-opt": ["gpt2 k2", "llama ponderlm"],
 }
@@ -109,6 +109,7 @@ FAULTS_BY_METHOD = {
     ("TP2", "llama ponderlm"): ["mixture of the own shard"],
     ("TP2 + SP", "neox ponderlm of 5"): ["unscaled mixture"],
     ("TP2 + SP", "llama pause"): ["unscaled pause"],
+    ("TP2", "qwen3 k1"): ["head norm gradients not summed"],
     ("PP2", "llama mixtures"): ["replicated gradients not summed"],
     ("PP2", "gpt2 ponderlm"): ["mixture without gradient to embeddings"],
     ("PP2", "llama ponderlm accumulating"): ["lost input", "carry of another micro-batch"],
