@@ -127,7 +127,9 @@ def _layer_weights(config: RunConfig) -> int:
     rows = size.attention_width + size.ffn_width
     widths = (qkv_width, size.hidden_size, size.ffn_input_width, size.hidden_size)
     biases = sum(
-        width for width, is_there in zip(widths, linear_biases(config.model), strict=True) if is_there
+        width
+        for width, is_there in zip(widths, linear_biases(config.model), strict=True)
+        if is_there
     )
     return (columns + rows) * size.hidden_size + biases + head_norm_parameters(config.model)
 

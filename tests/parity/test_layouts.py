@@ -30,7 +30,15 @@ REPRESENTATIVE = {
     "PP2": list(MODELS),
     "CP2": [m for m in MODELS if "ponderlm" not in m] + ["llama ponderlm", "gpt2 ponderlm hidden"],
     "PP4": ["llama k2", "gpt2 k1", "llama ponderlm accumulating"],
-    "TP2 + SP": ["llama k2", "qwen3 k1", "llama3 k1", "neox k1", "gpt2 vanilla", "gpt2 mixtures of 5", "llama pause"],
+    "TP2 + SP": [
+        "llama k2",
+        "qwen3 k1",
+        "llama3 k1",
+        "neox k1",
+        "gpt2 vanilla",
+        "gpt2 mixtures of 5",
+        "llama pause",
+    ],
     "PP2, 2 virtual": ["llama k2", "gpt2 vanilla", "llama ponderlm", "neox ponderlm hidden"],
     "TP2 + SP x PP2 x DP2 + dist-opt": ["gpt2 k2", "llama ponderlm"],
 }
