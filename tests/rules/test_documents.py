@@ -27,6 +27,7 @@ from megatron_ponder.inference.options import (
     SamplingOptions,
 )
 from megatron_ponder.planning.options import PlanOptions
+from megatron_ponder.planning.scaling_options import ScalingOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
@@ -34,6 +35,7 @@ OPTIONS = (
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
     PlanOptions,
+    ScalingOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
     MergeConfig,

@@ -1,0 +1,116 @@
+"""The report of `plan_scaling` for people: one line for each number of devices."""
+
+from typing import Any
+
+from megatron_ponder.planning.scaling import MEMORY_KINDS, SENT_KINDS
+from megatron_ponder.planning.text import table
+
+GIB = 1 << 30
+HEADER = (
+    "devices",
+    "layout",
+    "computed again",
+    "s/step",
+    "computing",
+    "TP",
+    "CP",
+    "bubble",
+    "DP",
+    "tokens/s per device",
+    "tokens/s",
+    "GiB/rank",
+    "times compared",
+)
+NOTHING = "-"
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Tables one below the other."""
+    assumed, compared = result["assumed"], result["run"]["compared_method"]
+    sections = [
+        [
+            f"PREDICTED, nothing here was run: {run_title(result)}",
+            f"devices of {assumed['device_memory_gib']:g} GiB at {assumed['assumed_tflops']:g} "
+            f"TFLOP/s; {assumed['nvlink_gb_per_s']:g} GB/s in a node of "
+            f"{assumed['devices_per_node']}, {assumed['network_gb_per_s']:g} GB/s per device to "
+            f"others, {assumed['link_efficiency']:.0%} of both reached",
+        ],
+        [
+            "best layouts (shares of a step; times compared: time over that of "
+            f"{compared} in the same layout)",
+            *table(list(HEADER), table_rows(result)),
+        ],
+        [
+            f"sent by a rank in a step, GiB (in parentheses: {compared}, same layout)",
+            *table(["devices", *SENT_KINDS], _pairs(result, "sent_bytes_per_step", SENT_KINDS)),
+        ],
+        [
+            f"memory of the fullest rank, GiB (in parentheses: {compared}, same layout)",
+            *table(["devices", *MEMORY_KINDS], _pairs(result, "memory_bytes", MEMORY_KINDS)),
+        ],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def run_title(result: dict[str, Any]) -> str:
+    """What is trained, in a line."""
+    run = result["run"]
+    return (
+        f"{run['num_layers']} layers of width {run['hidden_size']}, {run['method']} "
+        f"K={run['num_latent_thoughts']} R={run['num_jacobi_iterations']}, "
+        f"{run['global_batch_size']} x {run['seq_length']} tokens a step"
+    )
+
+
+def table_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The cells of a table under HEADER."""
+    rows = []
+    for row in result["rows"]:
+        cells = [str(row["world_size"])]
+        if row["layout"] is None:
+            rows.append([*cells, "nothing fits", *[NOTHING] * (len(HEADER) - 2)])
+            continue
+        ours, compared = row["ours"], row["compared"]
+        time, step_s = ours["time_s"], ours["step_s"]
+        shares = [
+            (time["compute_s"] + time["recompute_s"]) / step_s,
+            *(time[f"{kind}_s"] / step_s for kind in ("tensor", "context", "bubble", "data")),
+        ]
+        rows.append(
+            [
+                *cells,
+                layout_name(row["layout"]),
+                row["layout"]["recompute_granularity"] or NOTHING,
+                f"{step_s:.3g}",
+                *(f"{share:.1%}" if share else NOTHING for share in shares),
+                f"{ours['tokens_per_s_per_device']:,.0f}",
+                f"{ours['tokens_per_s']:,.0f}",
+                f"{sum(ours['memory_bytes'].values()) / GIB:.0f}",
+                f"{step_s / compared['step_s']:.2f}",
+            ]
+        )
+    return rows
+
+
+def layout_name(layout: dict[str, Any], separator: str = " ") -> str:
+    """The sizes that are not 1, and the micro-batch."""
+    sizes = {
+        "TP": layout["tensor_parallel"],
+        "PP": layout["pipeline_parallel"],
+        "v": layout["layer_chunks_per_stage"],
+        "CP": layout["context_parallel"],
+        "DP": layout["data_parallel"],
+    }
+    parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    return separator.join([*parts, f"b{layout['micro_batch_size']}"])
+
+
+def _pairs(result: dict[str, Any], figure: str, kinds: tuple[str, ...]) -> list[list[str]]:
+    """Both methods' bytes by kind, in GiB."""
+    rows = []
+    for row in result["rows"]:
+        if row["layout"] is not None:
+            ours, compared = row["ours"][figure], row["compared"][figure]
+            cells = [f"{ours[kind] / GIB:.2f} ({compared[kind] / GIB:.2f})" for kind in kinds]
+            rows.append([str(row["world_size"]), *cells])
+    return rows
