@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
 from megatron_ponder.benchmark.options import (
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
@@ -32,6 +33,7 @@ from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
     TrainBenchmarkOptions,
+    CurvesBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
     PlanOptions,
