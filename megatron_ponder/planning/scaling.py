@@ -14,8 +14,8 @@ micro-batch:
     data parallel     the rest of the devices, with the distributed optimizer; gradients and weights
                       travel overlapped where that is exact
 
-The same layout is then given to a model without thoughts: what passes cost is the difference. It
-need not be that model's best layout.
+The same layout is then given to a model without thoughts: what passes cost is the difference. As it
+need not be that model's best layout, its own best one is told too.
 
 Left out: uneven pipeline ends, partial recomputation, fewer passes with a gradient.
 """
@@ -134,27 +134,39 @@ def _row(options: ScalingOptions, base: RunConfig, world_size: int) -> dict[str,
     best, num_accepted = find_layout(options, base, world_size)
     row: dict[str, Any] = {"world_size": world_size, "num_accepted_layouts": num_accepted}
     if best is None:
-        return row | {"layout": None, "ours": None, "compared": None}
-    parallel, training = best.parallel, best.training
-    layout = {
+        return row | {"layout": None, "ours": None, "compared": None, "compared_best": None}
+    changes: dict[str, Any] = {"method": COMPARED_METHOD, "random_jacobi_iterations": False}
+    compared = resolve(best.replaced(**changes), world_size=world_size)
+    # It needs less memory in every layout, so that at least one fits.
+    compared_best, _ = find_layout(options, base.replaced(**changes), world_size)
+    assert compared_best is not None
+    return row | {
+        "layout": describe_layout(best, world_size),
+        "ours": predict(options, best, world_size),
+        "compared": predict(options, compared, world_size),
+        "compared_best": {"layout": describe_layout(compared_best, world_size)}
+        | predict(options, compared_best, world_size),
+    }
+
+
+def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What the search has chosen.
+
+    Args:
+        config: resolved.
+        world_size: devices.
+    """
+    parallel, training = config.parallel, config.training
+    return {
         "tensor_parallel": parallel.tensor_model_parallel_size,
         "pipeline_parallel": parallel.pipeline_model_parallel_size,
         "layer_chunks_per_stage": parallel.num_virtual_stages_per_pipeline_rank,
         "context_parallel": parallel.context_parallel_size,
-        "data_parallel": data_parallel_size(best, world_size),
+        "data_parallel": data_parallel_size(config, world_size),
         "micro_batch_size": training.micro_batch_size,
-        "num_microbatches": microbatches_per_step(best, world_size),
+        "num_microbatches": microbatches_per_step(config, world_size),
         "recompute_granularity": training.recompute_granularity,
         "overlap_grad_reduce": parallel.overlap_grad_reduce,
-    }
-    compared = resolve(
-        best.replaced(method=COMPARED_METHOD, random_jacobi_iterations=False),
-        world_size=world_size,
-    )
-    return row | {
-        "layout": layout,
-        "ours": predict(options, best, world_size),
-        "compared": predict(options, compared, world_size),
     }
 
 

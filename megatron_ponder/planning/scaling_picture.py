@@ -100,8 +100,17 @@ def _lines(axes: Axes, rows: Sequence[dict[str, Any]], key: str, compared: str) 
 def _per_device(axes: Axes, rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
     """Throughput of a device."""
     _lines(axes, rows, "tokens_per_s_per_device", result["run"]["compared_method"])
+    axes.plot(
+        range(len(rows)),
+        [row["compared_best"]["tokens_per_s_per_device"] for row in rows],
+        marker="_",
+        markersize=14,
+        linestyle="none",
+        color=COMPARED,
+        label=f"{result['run']['compared_method']}, its best layout",
+    )
     for place, row in enumerate(rows):
-        for side, offset in (("ours", -13), ("compared", 7)):
+        for side, offset in (("ours", -13), ("compared", 12)):
             value = row[side]["tokens_per_s_per_device"]
             axes.annotate(
                 f"{value:,.0f}",
@@ -111,7 +120,7 @@ def _per_device(axes: Axes, rows: Sequence[dict[str, Any]], result: dict[str, An
                 ha="center",
                 fontsize=8,
             )
-    axes.margins(0.12, 0.2)
+    axes.margins(0.12, 0.25)
     axes.set_title("tokens/s of a device", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="center left")
 
@@ -187,6 +196,7 @@ def _sent(axes: Axes, rows: Sequence[dict[str, Any]], result: dict[str, Any]) ->
 def _sent_by_pass(axes: Axes, rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
     """Volume of one micro-batch in each pass, and in the compared method's only one."""
     num_passes = len(rows[0]["ours"]["sent_bytes_per_pass"])
+    highest = 0.0
     width = 0.8 / (num_passes + 1)
     for place, row in enumerate(rows):
         passes = row["ours"]["sent_bytes_per_pass"]
@@ -203,6 +213,8 @@ def _sent_by_pass(axes: Axes, rows: Sequence[dict[str, Any]], result: dict[str, 
                     alpha=PALE if index == num_passes else 1.0,
                 )
                 bottom += number / MIB
+            highest = max(highest, bottom)
+    axes.set_ylim(0, 1.05 * highest or 1.0)
     _devices(axes, rows)
     axes.set_title("MiB sent by a rank in each pass of a micro-batch", loc="left", fontsize=10)
 

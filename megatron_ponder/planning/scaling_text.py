@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_ponder.planning.scaling import MEMORY_KINDS, SENT_KINDS
+from megatron_ponder.planning.scaling import COMPARED_METHOD, MEMORY_KINDS, SENT_KINDS
 from megatron_ponder.planning.text import table
 
 GIB = 1 << 30
@@ -19,14 +19,15 @@ HEADER = (
     "tokens/s per device",
     "tokens/s",
     "GiB/rank",
-    "times compared",
+    f"time / {COMPARED_METHOD}'s",
+    f"time / {COMPARED_METHOD}'s best",
 )
 NOTHING = "-"
 
 
 def as_text(result: dict[str, Any]) -> str:
     """Tables one below the other."""
-    assumed, compared = result["assumed"], result["run"]["compared_method"]
+    assumed = result["assumed"]
     sections = [
         [
             f"PREDICTED, nothing here was run: {run_title(result)}",
@@ -36,17 +37,17 @@ def as_text(result: dict[str, Any]) -> str:
             f"others, {assumed['link_efficiency']:.0%} of both reached",
         ],
         [
-            "best layouts (shares of a step; times compared: time over that of "
-            f"{compared} in the same layout)",
+            f"best layouts (shares of a step; last: over {COMPARED_METHOD}'s time in the same "
+            "layout, and in its own best one; v: layer chunks per stage, b: micro-batch)",
             *table(list(HEADER), table_rows(result)),
         ],
         [
-            f"sent by a rank in a step, GiB (in parentheses: {compared}, same layout)",
-            *table(["devices", *SENT_KINDS], _pairs(result, "sent_bytes_per_step", SENT_KINDS)),
+            f"sent by a rank in a step, GiB (in parentheses: {COMPARED_METHOD}, same layout)",
+            *table(["devices", *SENT_KINDS], byte_rows(result, "sent_bytes_per_step", SENT_KINDS)),
         ],
         [
-            f"memory of the fullest rank, GiB (in parentheses: {compared}, same layout)",
-            *table(["devices", *MEMORY_KINDS], _pairs(result, "memory_bytes", MEMORY_KINDS)),
+            f"memory of the fullest rank, GiB (in parentheses: {COMPARED_METHOD}, same layout)",
+            *table(["devices", *MEMORY_KINDS], byte_rows(result, "memory_bytes", MEMORY_KINDS)),
         ],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -70,7 +71,7 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
         if row["layout"] is None:
             rows.append([*cells, "nothing fits", *[NOTHING] * (len(HEADER) - 2)])
             continue
-        ours, compared = row["ours"], row["compared"]
+        ours = row["ours"]
         time, step_s = ours["time_s"], ours["step_s"]
         shares = [
             (time["compute_s"] + time["recompute_s"]) / step_s,
@@ -81,12 +82,13 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
                 *cells,
                 layout_name(row["layout"]),
                 row["layout"]["recompute_granularity"] or NOTHING,
-                f"{step_s:.3g}",
+                f"{step_s:#.3g}",
                 *(f"{share:.1%}" if share else NOTHING for share in shares),
                 f"{ours['tokens_per_s_per_device']:,.0f}",
                 f"{ours['tokens_per_s']:,.0f}",
                 f"{sum(ours['memory_bytes'].values()) / GIB:.0f}",
-                f"{step_s / compared['step_s']:.2f}",
+                f"{step_s / row['compared']['step_s']:.2f}",
+                f"{step_s / row['compared_best']['step_s']:.2f}",
             ]
         )
     return rows
@@ -105,12 +107,21 @@ def layout_name(layout: dict[str, Any], separator: str = " ") -> str:
     return separator.join([*parts, f"b{layout['micro_batch_size']}"])
 
 
-def _pairs(result: dict[str, Any], figure: str, kinds: tuple[str, ...]) -> list[list[str]]:
-    """Both methods' bytes by kind, in GiB."""
+def byte_rows(result: dict[str, Any], figure: str, kinds: tuple[str, ...]) -> list[list[str]]:
+    """Both methods' bytes by kind, in GiB, under the number of devices.
+
+    Args:
+        result: of `plan_scaling`.
+        figure: which bytes.
+        kinds: the columns.
+    """
     rows = []
     for row in result["rows"]:
         if row["layout"] is not None:
             ours, compared = row["ours"][figure], row["compared"][figure]
-            cells = [f"{ours[kind] / GIB:.2f} ({compared[kind] / GIB:.2f})" for kind in kinds]
+            cells = [
+                f"{ours[kind] / GIB:.2f} ({compared[kind] / GIB:.2f})" if ours[kind] else NOTHING
+                for kind in kinds
+            ]
             rows.append([str(row["world_size"]), *cells])
     return rows

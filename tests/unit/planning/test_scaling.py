@@ -27,6 +27,7 @@ from megatron_ponder.planning.scaling import (
 from megatron_ponder.planning.scaling_options import ScalingOptions
 from megatron_ponder.planning.scaling_time import GROUPS_SIMULATED, StepClock
 from megatron_ponder.planning.timeline import simulate
+from tests.unit.planning.scaling_document import PRESETS, scale, tables, written
 
 OPTIONS = ScalingOptions(world_sizes=(8,), largest_micro_batch_size=2)
 FLAGS = (
@@ -187,6 +188,12 @@ def test_prediction_adds_up() -> None:
     ratio = ours["sent_bytes_per_step"]["tensor"] / compared["sent_bytes_per_step"]["tensor"]
     assert 7 < ratio < 10
     assert ours["time_s"]["recompute_s"] > 0 == compared["time_s"]["recompute_s"]
+
+
+@pytest.mark.slow
+def test_the_document_is_current() -> None:
+    """Else: python -m tests.unit.planning.scaling_document."""
+    assert written() == tables({preset: scale(preset) for preset in PRESETS})
 
 
 def test_refusals() -> None:
