@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
 from megatron_ponder.benchmark.options import (
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
@@ -27,13 +28,16 @@ from megatron_ponder.inference.options import (
     SamplingOptions,
 )
 from megatron_ponder.planning.options import PlanOptions
+from megatron_ponder.planning.scaling_options import ScalingOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
     TrainBenchmarkOptions,
+    CurvesBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
     PlanOptions,
+    ScalingOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
     MergeConfig,
