@@ -1,6 +1,7 @@
 """Flags of tools/benchmark.py. Imports no torch: `--help` is instant."""
 
 import dataclasses
+from typing import Literal
 
 from megatron_ponder.config.schema import TokenizerType
 from megatron_ponder.errors import ConfigError
@@ -22,8 +23,14 @@ class TrainBenchmarkOptions:
     """Also measure time and memory of our step at each of these R."""
     plot: str | None = None
     """PNG to draw memory and time over R into; needs --r-values."""
-    no_reference: bool = False
-    """Measure our side only (settings that the plain PyTorch model does not have)."""
+    baseline: Literal["reference", "plain", "none"] = "reference"
+    """What ours is compared with: the method on stock transformers layers (reference), the plain
+    PyTorch model that the tests use as an oracle, with torch's fused norms (plain), or nothing
+    (settings that those do not have)."""
+    profile: str | None = None
+    """JSON file to write a trace of one of our steps into, for Perfetto or chrome://tracing."""
+    roofline: bool = False
+    """Also set every pass of our forward beside the least time that its FLOPs and bytes allow."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured.
