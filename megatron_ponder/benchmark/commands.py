@@ -57,6 +57,13 @@ def _curves(options: CurvesBenchmarkOptions, config: RunConfig) -> Report:
     return result, curves_report.as_text(result)
 
 
+def _checkpoint(options: flags.CheckpointBenchmarkOptions, config: RunConfig) -> Report:
+    from megatron_ponder.benchmark import checkpoint
+
+    result = checkpoint.benchmark_checkpoint(options, config)
+    return result, checkpoint.as_text(result)
+
+
 def _preprocess(options: flags.PreprocessBenchmarkOptions) -> Report:
     from megatron_ponder.benchmark import preprocess
 
@@ -68,6 +75,7 @@ COMMANDS = {
     "train": Command(options=flags.TrainBenchmarkOptions, measure=_train),
     "pipeline": Command(options=flags.PipelineBenchmarkOptions, measure=_pipeline),
     "curves": Command(options=CurvesBenchmarkOptions, measure=_curves),
+    "checkpoint": Command(options=flags.CheckpointBenchmarkOptions, measure=_checkpoint),
     "preprocess": Command(
         options=flags.PreprocessBenchmarkOptions, measure=_preprocess, takes_settings=False
     ),

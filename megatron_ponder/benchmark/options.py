@@ -1,6 +1,7 @@
 """Flags of tools/benchmark.py. Imports no torch: `--help` is instant."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from megatron_ponder.config.schema import TokenizerType
@@ -71,6 +72,30 @@ class PipelineBenchmarkOptions:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} {getattr(self, name)}: must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointBenchmarkOptions:
+    """How often to save, and where."""
+
+    json: bool = False
+    """Print one JSON object instead of sentences."""
+    saves: int = 3
+    """Checkpoints to write; the median is told."""
+    folder: str | None = None
+    """Where checkpoints are written; what is measured is this file system. None: the system's
+    folder for temporary files. Nothing stays there."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: no save, or no folder.
+        """
+        if self.saves < 1:
+            raise ConfigError(f"--saves {self.saves}: must be at least 1.")
+        if self.folder is not None and not Path(self.folder).is_dir():
+            raise ConfigError(f"--folder {self.folder}: no such folder; create it first.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

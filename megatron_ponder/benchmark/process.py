@@ -54,7 +54,8 @@ def side(name: str, baseline: str, config: RunConfig) -> Iterator[Side]:
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(name, baseline, config, there), daemon=True)
+    # No daemon: those may not start processes, as megatron-core's checkpoint writer does.
+    process = context.Process(target=_work, args=(name, baseline, config, there))
     process.start()
     there.close()
     try:
@@ -110,10 +111,27 @@ class _Worker:
     def roofline(self) -> dict[str, Any]:
         """Passes of our model against the floor."""
         from megatron_ponder.benchmark.roofline import measure_roofline
+
+        return measure_roofline(self._ours())
+
+    def save_checkpoints(self, num_saves: int) -> tuple[list[float], int]:
+        """Seconds of each save, and bytes of a checkpoint."""
+        from megatron_ponder.benchmark.checkpoint import save_repeatedly
+
+        return save_repeatedly(self._ours(), num_saves)
+
+    def load_checkpoint(self) -> float:
+        """Seconds to load it."""
+        from megatron_ponder.benchmark.checkpoint import load_once
+
+        return load_once(self._ours())
+
+    def _ours(self) -> Any:
+        """This side's steps, which must be ours."""
         from megatron_ponder.benchmark.steps import OurSteps
 
         assert isinstance(self._steps, OurSteps)
-        return measure_roofline(self._steps)
+        return self._steps
 
     def _next(self) -> int:
         self._iteration += 1
