@@ -237,6 +237,21 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """By which implementation things are computed; none of it changes what is computed."""
+
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Operations that torch has no fused form of: composed (the reference), or Triton's kernels.
+    auto: Triton on CUDA where it is installed, else torch."""
+    cross_entropy_loss_fusion: bool = False
+    """Compute output layer and loss together, a part of the tokens at a time: the logits of all
+    tokens are never there, and the product that makes them is computed again in the backward."""
+    loss_chunk_tokens: int | None = None
+    """--cross-entropy-loss-fusion: tokens (of a micro-batch) in each part. None: as many as have
+    256 MiB of logits on a rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -310,6 +325,7 @@ class RunConfig:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    backend: BackendConfig = dataclasses.field(default_factory=BackendConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)

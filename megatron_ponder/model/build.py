@@ -39,6 +39,7 @@ def build_model_chunks(config: RunConfig) -> list[PonderGPTModel]:
             post_process=here.is_last_stage and chunk == num_chunks - 1,
             vp_stage=chunk if num_chunks > 1 else None,
             recompute_passes=config.training.recompute_granularity == "pass",
+            loss_chunk_tokens=config.backend.loss_chunk_tokens,
         )
         initialize_weights(model, config)
         chunks.append(model)

@@ -51,6 +51,8 @@ def build_transformer_config(config: RunConfig) -> TransformerConfig:
         recompute_granularity="full" if recomputes_layers else None,
         recompute_method=config.training.recompute_method if recomputes_layers else None,
         recompute_num_layers=config.training.recompute_num_layers if recomputes_layers else None,
+        # Read by our model: megatron-core's own fusion still makes the logits of all tokens.
+        cross_entropy_loss_fusion=config.backend.cross_entropy_loss_fusion,
         # Gradients are summed over tokens and divided once by their number in the whole batch.
         calculate_per_token_loss=True,
         # Weights are drawn by parameter name in model.init. megatron-core's initialisation has to
