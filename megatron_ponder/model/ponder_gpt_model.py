@@ -145,6 +145,17 @@ class PonderGPTModel(LanguageModule):
             )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+        if post_process and config.gradient_accumulation_fusion and method.plan(1).mixes_embeddings:
+            self._use_weights_fused_and_unfused()
+
+    def _use_weights_fused_and_unfused(self) -> None:
+        """Let gradients that autograd brings be added to those that products have added.
+
+        A mixture reads the output layer's weight by the layer, and by itself where it is tied or
+        the loss is fused. megatron-core forgets autograd's part of a weight without this mark.
+        """
+        tied = self._tied_weight()
+        setattr(self.output_layer.weight if tied is None else tied, "zero_out_wgrad", True)
 
     def forward(self, tokens: Tensor, labels: Tensor | None, plan: PassPlan) -> Tensor:
         """Run all passes of `plan` on a rank that has all layers.

@@ -1,7 +1,8 @@
 """How far a kernel may be from its reference, each with its reason.
 
 Both compute in fp32 from the same inputs and round once where they store, so that in 16 bits they
-differ where a value lies near the middle of two numbers: by one unit in the last place.
+differ where a value lies near the middle of two numbers: by one unit in the last place. Triton's
+interpreter (3.9) cuts off what does not fit into bf16, where a GPU rounds: also less than a unit.
 """
 
 import torch
