@@ -113,6 +113,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "jacobi_grad_passes",
         "interpolation_topk",
         "recompute_num_layers",
+        "loss_chunk_tokens",
         "distributed_timeout_minutes",
         "seq_length",
         "train_iters",

@@ -184,9 +184,6 @@ def _describe(config: RunConfig, trainee: Trainee) -> None:
         torch.__version__,
         platform.python_version(),
     )
-    if here.context_parallel_size > 1:
-        attention = trainee.model.modules[0].decoder.layers[0].self_attention.core_attention
-        logger.info("attention over shared sequences: %s", type(attention).__name__)
     counts = count_parameters(config.model)
     logger.info(
         "parameters: %s", ", ".join(f"{k} {v:,}" for k, v in dataclasses.asdict(counts).items())
