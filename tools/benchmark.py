@@ -37,7 +37,7 @@ def main() -> None:
     if settings and not chosen.takes_settings:
         raise ConfigError(f"{' '.join(settings)}: not among the flags of {prog}.")
     config = [parse_args(settings, prog=prog)] if chosen.takes_settings else []
-    log.configure()  # before imports that warn
+    log.configure(sys.stderr)  # before imports that warn
     result, text = chosen.measure(options, *config)
     print(json.dumps(result, indent=1) if options.json else text)
 

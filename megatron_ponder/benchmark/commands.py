@@ -57,6 +57,13 @@ def _curves(options: CurvesBenchmarkOptions, config: RunConfig) -> Report:
     return result, curves_report.as_text(result)
 
 
+def _kernels(options: flags.KernelsBenchmarkOptions, config: RunConfig) -> Report:
+    from megatron_ponder.benchmark import kernels
+
+    result = kernels.benchmark_kernels(options, config)
+    return result, kernels.as_text(result)
+
+
 def _checkpoint(options: flags.CheckpointBenchmarkOptions, config: RunConfig) -> Report:
     from megatron_ponder.benchmark import checkpoint
 
@@ -75,6 +82,7 @@ COMMANDS = {
     "train": Command(options=flags.TrainBenchmarkOptions, measure=_train),
     "pipeline": Command(options=flags.PipelineBenchmarkOptions, measure=_pipeline),
     "curves": Command(options=CurvesBenchmarkOptions, measure=_curves),
+    "kernels": Command(options=flags.KernelsBenchmarkOptions, measure=_kernels),
     "checkpoint": Command(options=flags.CheckpointBenchmarkOptions, measure=_checkpoint),
     "preprocess": Command(
         options=flags.PreprocessBenchmarkOptions, measure=_preprocess, takes_settings=False

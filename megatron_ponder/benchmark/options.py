@@ -75,6 +75,16 @@ class PipelineBenchmarkOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsBenchmarkOptions:
+    """Which kernels to time."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    only: tuple[str, ...] = ()
+    """Names of kernels, as the table has them. None: all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointBenchmarkOptions:
     """How often to save, and where."""
 

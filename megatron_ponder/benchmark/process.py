@@ -7,6 +7,7 @@ after its log is set up. Left out: what a step is (steps.py).
 
 import contextlib
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -140,7 +141,7 @@ class _Worker:
 
 def _work(name: str, baseline: str, config: RunConfig, connection: Connection) -> None:
     """Body of the process."""
-    log.configure()  # before the imports below, some of which warn
+    log.configure(sys.stderr)  # before the imports below, some of which warn
     import torch
 
     from megatron_ponder.runtime.distributed import running
