@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
+from megatron_ponder.benchmark.gpu_report import GpuReportOptions
 from megatron_ponder.benchmark.options import (
+    CheckpointBenchmarkOptions,
+    KernelsBenchmarkOptions,
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
     TrainBenchmarkOptions,
@@ -36,6 +39,9 @@ OPTIONS = (
     CurvesBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
+    KernelsBenchmarkOptions,
+    CheckpointBenchmarkOptions,
+    GpuReportOptions,
     PlanOptions,
     ScalingOptions,
     PreprocessConfig,
