@@ -87,8 +87,8 @@ def test_kernels_and_checkpoint() -> None:
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
     assert len(result["stall_s_of_saves"]) == 2 and result["load_s"] > 0
-    # Weights and two moments in fp32.
-    assert 12 <= result["bytes_per_parameter"] < 14
+    # Weights and two moments in fp32; the rest is the run's config and the like.
+    assert result["bytes"] >= 12 * result["parameters"]
 
 
 def test_gpu_report_in_small(tmp_path: Path) -> None:
