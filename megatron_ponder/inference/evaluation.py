@@ -68,13 +68,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             plans = [loaded.plan]
         else:
             plans = [loaded.model.method.plan(r) for r in iterations]
-        common, figures = _score(loaded, stream, plans, options)
-        if len(figures) == 1:
-            return result | figures[0] | common
+        common, rows = _score(loaded, stream, plans, options)
+        if len(rows) == 1:
+            return result | rows[0] | common
         del result["num_jacobi_iterations"]
-        by_r = [
-            {"num_jacobi_iterations": r} | row for r, row in zip(iterations, figures, strict=True)
-        ]
+        by_r = [{"num_jacobi_iterations": r} | row for r, row in zip(iterations, rows, strict=True)]
         return result | {"by_r": by_r} | common
 
 
@@ -146,10 +144,10 @@ def _score(
         "stride": stride,
         "tokens_per_s": num_tokens / (time.monotonic() - start_s),
     }
-    return common, [_figures(loss_sum, num_tokens, stream.num_bytes) for loss_sum in loss_sums]
+    return common, [figures(loss_sum, num_tokens, stream.num_bytes) for loss_sum in loss_sums]
 
 
-def _figures(loss_sum: float, num_tokens: int, num_bytes: int | None) -> dict[str, float | None]:
+def figures(loss_sum: float, num_tokens: int, num_bytes: int | None) -> dict[str, float | None]:
     """A loss in nats, summed over a text, per token and per byte."""
     loss = loss_sum / num_tokens
     loss_per_byte = loss_sum / num_bytes if num_bytes else None

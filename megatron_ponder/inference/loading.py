@@ -17,7 +17,7 @@ from megatron_ponder.checkpoint.reader import load_weights, locate, read_config
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ponder.errors import ConfigError, DataError
+from megatron_ponder.errors import DataError
 from megatron_ponder.inference.logits import whole_logits
 from megatron_ponder.inference.options import CheckpointOptions
 from megatron_ponder.model.build import build_model

@@ -21,6 +21,15 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert.weight_names import to_megatron
 from megatron_ponder.inference import continuation as module
 from megatron_ponder.inference.continuation import continuation
+from megatron_ponder.inference.generation import (
+    END,
+    MAX_NEW_TOKENS,
+    MAX_POSITIONS,
+    GrowingText,
+    generate,
+)
+from megatron_ponder.inference.loading import LoadedModel
+from megatron_ponder.inference.options import SamplingOptions
 from megatron_ponder.model.build import build_model
 from megatron_ponder.model.cache import BLOCK_SLOTS, KeyValueCache
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
@@ -370,6 +379,45 @@ def test_planted_faults_are_caught(expected) -> None:
         way = "in a batch" if fault == "padding seen" else "cached"
         for model, numbers in measure(models, ways=[way], fault=fault).items():
             assert far({model: numbers[way]}, expected), (fault, model)
+
+
+def generated(config: RunConfig, end_id: int | None, use_cache: bool) -> list[GrowingText]:
+    """Two drawn texts, together and alone; inside a rank."""
+    distributed.initialize(config.parallel, seed=1)
+    model = build_model(config)
+    model.load_state_dict(weights_of(config), strict=False)
+    model.eval()
+    plan = model.method.plan(enough_iterations("gpt2 k1"))
+    loaded = LoadedModel(checkpoint=Path("none"), config=config, model=model, plan=plan)
+    texts = [
+        GrowingText(prompt=text()[:length], generator=torch.Generator().manual_seed(length))
+        for length in (5, 9, 5, 9)
+    ]
+    sampling = SamplingOptions(max_new_tokens=7, temperature=5.0)
+    for batch in (texts[:2], texts[2:3], texts[3:]):
+        for grown_text, token in generate(
+            loaded, batch, sampling, end_id=end_id, use_cache=use_cache
+        ):
+            assert grown_text.new_ids[-1] == token
+        assert torch.is_grad_enabled()
+    distributed.leave_layout()
+    return texts
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_texts_end_where_they_should(use_cache: bool) -> None:
+    """At the last learned position, after so many tokens, before the end id; alone or not."""
+    config = config_of("gpt2 k1", 1)
+    (texts,) = run_ranks(generated, 1, config, None, use_cache)
+    ends = [(len(t.new_ids), t.finish_reason) for t in texts]
+    # 12 positions: the token behind them can be told, but nothing behind that.
+    assert ends == [(7, MAX_NEW_TOKENS), (4, MAX_POSITIONS)] * 2
+    assert [t.new_ids for t in texts[:2]] == [t.new_ids for t in texts[2:]]
+    end_id = texts[0].new_ids[2]
+    assert end_id not in texts[0].new_ids[:2]
+    (ended,) = run_ranks(generated, 1, config, end_id, use_cache)
+    assert (ended[0].new_ids, ended[0].finish_reason) == (texts[0].new_ids[:2], END)
+    assert ended[1].new_ids == ended[3].new_ids
 
 
 def test_buffers_grow() -> None:
