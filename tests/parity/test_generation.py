@@ -361,7 +361,7 @@ def test_few_iterations_differ_by_the_jacobi_residual(expected) -> None:
     The Jacobi residual is how far the latter is from it. Its error is that of the prompt's thoughts
     and that of the later ones, which R rounds have reached least. With a cache the prompt's
     thoughts have the same error and the later ones none. So both are within the residual of the
-    definition, and within twice that of each other. Seen: 11% to 63% of the residual.
+    definition, and within twice that of each other. Seen: a cache has 11% to 66% of the residual.
     """
     numbers = measure(dict.fromkeys(ITERATED, 3))
     for model, by_way in numbers.items():
