@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.benchmark.options import (
+    GenerateBenchmarkOptions,
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
     TrainBenchmarkOptions,
@@ -33,6 +34,7 @@ OPTIONS = (
     TrainBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
+    GenerateBenchmarkOptions,
     PlanOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
