@@ -158,7 +158,7 @@ def _build_config(
         logger.info("weights stored as fp32, which holds every %s", " and ".join(map(str, dtypes)))
     if torch.float64 in dtypes:
         raise ConversionError(
-            f"{options.hf_path}: has fp64 weights, which would lose digits. Write them as fp32 first."
+            f"{options.hf_path}: has fp64 weights, which would lose digits. Write fp32 ones."
         )
     config = RunConfig().replaced(
         **settings,

@@ -55,8 +55,8 @@ from megatron_ponder.model.transformer_config import build_transformer_config
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.runtime.distributed import process_groups
 
-MAX_FILE_BYTES = 2 * 10**9
-"""Further parameters go to a further file."""
+MAX_FILE_BYTES = 5 * 10**8
+"""Further parameters go to a further file; also a bound on what `_GroupingWriter` is there for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
