@@ -1,4 +1,4 @@
-"""ponderlm2 as it is defined: slot after slot, everything recomputed, on a stock transformers model.
+"""ponderlm2 as it is defined: slot after slot, all recomputed, on a stock transformers model.
 
 Nothing of the exported code runs here but the settings that it is given.
 """
