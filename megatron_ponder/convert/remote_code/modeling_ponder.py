@@ -198,7 +198,11 @@ class PonderCausalLM:
         """softmax(head) times the scaled embeddings, [..., h] -> [..., h]."""
         top_k = self.config.interpolation_topk if self.config.interpolation_use_topk else None
         logits = self.get_output_embeddings()(hidden)
-        return self._scale(mix_embeddings(logits, self.get_input_embeddings().weight, top_k))
+        embed = self.get_input_embeddings()
+        table = embed.weight
+        if table.device.type == "meta":  # accelerate keeps it elsewhere and fetches it for a call
+            table = embed(torch.arange(embed.num_embeddings, device=hidden.device))
+        return self._scale(mix_embeddings(logits, table, top_k))
 
     def _num_rounds(self, asked: int | None) -> int:
         """R of this forward."""
