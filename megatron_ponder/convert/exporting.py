@@ -17,7 +17,7 @@ from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert import exported_code, verification
 from megatron_ponder.convert.config_mapping import build_stock_config
-from megatron_ponder.convert.folders import new_folder
+from megatron_ponder.convert.folders import check_space, new_folder
 from megatron_ponder.convert.huggingface_weights import (
     TensorToWrite,
     shard_names,
@@ -39,6 +39,14 @@ from megatron_ponder.runtime.distributed import running
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OF_RUN = (
+    "global_batch_size",
+    "min_lr",
+    "lr_decay_iters",
+    "lr_warmup_iters",
+    "lr_wsd_decay_iters",
+)
+"""Derived settings that depend on ranks and length of a run, and mean nothing without it."""
 STORED_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -98,12 +106,12 @@ def for_one_process(config: RunConfig) -> RunConfig:
         overlap_p2p_communication=False,
         recompute_granularity=None,
         micro_batch_size=1,
-        global_batch_size=1,
         load=None,
         save=None,
         save_interval=None,
         ckpt_step=None,
         finetune=False,
+        **dict.fromkeys(OF_RUN),
     )
     return resolve(alone, world_size=1, tokenizer_vocab_size=None)
 
@@ -135,6 +143,7 @@ def _write_weights(
     shards = plan_shards(config, parameters, max_bytes // dtype.itemsize)
     described = [[tensor for _, tensors in shard for tensor in tensors] for shard in shards]
     total = sum(tensor.numel for shard in described for tensor in shard) * dtype.itemsize
+    check_space(folder, total)
     with log.progress(total, "writing weights", "B", unit_scale=True) as bar:
         for name, shard, tensors in zip(shard_names(len(shards)), shards, described, strict=True):
             rules = [rule for rule, _ in shard]
@@ -200,6 +209,7 @@ def _verify(folder: Path, checkpoint: Path, config: RunConfig, dtype: torch.dtyp
     ids = verification.draw_ids(model.vocab_size, model.max_position_embeddings)
     ours = None if config.method.method == "vanilla" else model.architecture
     source = verification.native_logits(checkpoint, config, ids, rounded_to=dtype)
+    verification.forget_model()
     result = verification.folder_logits(folder, ids, ours=ours, trust_remote_code=False)
     verification.compare(source, result)
 

@@ -39,6 +39,19 @@ def new_folder(target: Path, flag: str, *, overwrite: bool, keep_out: Path) -> I
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to begin what would not fit on the disk.
+
+    Raises:
+        ConversionError: there is less room than that.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ConversionError(
+            f"{folder.parent}: {num_bytes / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free."
+        )
+
+
 def _check_target(target: Path, flag: str, overwrite: bool, keep_out: Path) -> None:
     """Refuse to replace what should stay."""
     if not target.exists():

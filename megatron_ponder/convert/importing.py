@@ -24,8 +24,8 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert import verification
 from megatron_ponder.convert.config_mapping import read_model_settings
 from megatron_ponder.convert.exported_code import auto_map
-from megatron_ponder.convert.exporting import build_huggingface_config
-from megatron_ponder.convert.folders import new_folder
+from megatron_ponder.convert.exporting import OF_RUN, build_huggingface_config
+from megatron_ponder.convert.folders import check_space, new_folder
 from megatron_ponder.convert.huggingface_weights import WeightFiles
 from megatron_ponder.convert.method_mapping import MethodOfSource, read_method
 from megatron_ponder.convert.options import ImportOptions
@@ -38,14 +38,6 @@ from megatron_ponder.runtime.distributed import running
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQ_LENGTH = 2048
-OF_RUN = (
-    "global_batch_size",
-    "min_lr",
-    "lr_decay_iters",
-    "lr_warmup_iters",
-    "lr_wsd_decay_iters",
-)
-"""Derived settings that depend on ranks and length of a run, and are left open."""
 
 
 def import_checkpoint(options: ImportOptions) -> None:
@@ -164,6 +156,7 @@ def _build_config(
         **settings,
         **method.result,
         **tokenizer,
+        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
         bf16=dtypes == {torch.bfloat16},
         seq_length=min(DEFAULT_SEQ_LENGTH, settings["max_position_embeddings"]),
     )
@@ -251,6 +244,7 @@ def _write(
     folder: Path, config: RunConfig, parameters: StoredParameters, weights: _Weights
 ) -> Path:
     """The whole checkpoint; returns the folder of its iteration."""
+    check_space(folder, weights.num_bytes)
     unfinished = layout.unfinished_folder(folder, 0)
     unfinished.mkdir()
     common = {"progress": Progress().to_dict(), WEIGHTS_ONLY: True}
@@ -287,5 +281,6 @@ def _verify(
         config=None if is_stock else build_huggingface_config(as_source),
         trust_remote_code=options.trust_remote_code,
     )
+    verification.forget_model()
     result = verification.native_logits(checkpoint, as_source, ids)
     verification.compare(source, result)

@@ -31,6 +31,8 @@ class ImportOptions:
     """Feed back mixtures of embeddings (ponderlm2). None: as the folder says, or no."""
     pause_token_id: int | None = None
     """Vocabulary row of the pause token. None: the folder's; a stock model gets one row more."""
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary to a multiple of this, as further training is to have it."""
     tokenizer_model: str | None = None
     """Tokenizer of further training. None: the folder's tokenizer.json or tokenizer.model."""
     tokenizer_type: TokenizerType | None = None

@@ -252,11 +252,20 @@ def write_parameters(
     try:
         dist_checkpointing.save({"model": parameters.state, **common}, str(folder), strategy)
     except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
-            if isinstance(cause, PonderError | OSError):
+        for failure, _ in error.failures.values():
+            if (cause := _users_error(failure)) is not None:
                 raise cause from None
         raise
+
+
+def _users_error(failure: BaseException | None) -> PonderError | OSError | None:
+    """What is behind a failure, if a user can do something about it.
+
+    torch's zip writer makes a RuntimeError of its own of a full disk.
+    """
+    while failure is not None and not isinstance(failure, PonderError | OSError):
+        failure = failure.__cause__ or failure.__context__
+    return failure
 
 
 class _FetchingStrategy(SaveShardedStrategy):
@@ -276,7 +285,8 @@ class _FetchingStrategy(SaveShardedStrategy):
         """See the base class."""
         objects = list(_objects(sharded_state_dict))
         planner = _FetchingPlanner(self._parameters, self._fetch, objects)
-        dcp.save({}, storage_writer=_GroupingWriter(checkpoint_dir), planner=planner)
+        # Among ranks, even one, torch would pickle exceptions and lose what they come from.
+        dcp.save({}, storage_writer=_GroupingWriter(checkpoint_dir), planner=planner, no_dist=True)
 
 
 def _objects(described: Any) -> Iterator[ShardedObject]:

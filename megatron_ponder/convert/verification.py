@@ -1,10 +1,11 @@
 """Source and result of a conversion on the same ids, in fp32, in one process.
 
-One model after the other, so that memory is needed for one. The ids are few and drawn at random:
-enough to tell any weight in a wrong place, no measure of quality.
+One model after the other, so that memory is needed for one (`forget_model` between them). The ids
+are few and drawn at random: enough to tell any weight in a wrong place, no measure of quality.
 """
 
 import gc
+import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -48,6 +49,11 @@ def check_memory(config: RunConfig) -> None:
         )
 
 
+def forget_model() -> None:
+    """Free what a model that nobody holds any more left in cycles of references."""
+    gc.collect()
+
+
 def draw_ids(vocab_size: int, max_tokens: int) -> Tensor:
     """Token ids, int64 [b, s]."""
     generator = torch.Generator().manual_seed(0)
@@ -75,8 +81,6 @@ def native_logits(
     model.eval()
     plan = model.method.plan(config.method.num_jacobi_iterations)
     logits = model(ids.to(device()), None, plan)[..., : config.model.vocab_size].float().cpu()
-    del model
-    gc.collect()
     return logits
 
 
@@ -113,8 +117,6 @@ def folder_logits(
         raise ConversionError(f"{folder}: transformers cannot load it: {error}") from None
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float()
-    del model
-    gc.collect()
     return logits
 
 
@@ -138,8 +140,6 @@ def source_logits(
     """
     if config is None or trust_remote_code:
         return folder_logits(folder, ids, ours=None, trust_remote_code=trust_remote_code)
-    import json
-
     with tempfile.TemporaryDirectory() as made:
         for path in folder.iterdir():
             if path.is_file() and path.name != "config.json" and path.suffix != ".py":

@@ -51,11 +51,15 @@ def convert_well(*arguments: str) -> str:
     return printed
 
 
-def round_trip(source: Path, folder: Path, *more: str) -> Path:
-    """Import and export, with the comparison of logits that both do; the exported folder."""
+def round_trip(source: Path, folder: Path, *more: str, verify: bool = True) -> Path:
+    """Import, with further flags, and export; the exported folder.
+
+    Without `verify` neither compares logits: the caller does.
+    """
     checkpoint, result = folder / "checkpoint", folder / "exported"
-    convert_well("import", "--hf-path", str(source), "--save", str(checkpoint), *more)
-    export(checkpoint, result)
+    verifying = ["--verify" if verify else "--no-verify"]
+    convert_well("import", "--hf-path", str(source), "--save", str(checkpoint), *more, *verifying)
+    export(checkpoint, result, *verifying)
     return result
 
 

@@ -52,7 +52,7 @@ def round_trips(folder: Path) -> dict[str, float]:
     for number, name in enumerate(MODELS):
         here = folder / str(number)
         write_stock_model(name, here / "source")
-        result = round_trip(here / "source", here)
+        result = round_trip(here / "source", here, verify=False)
         assert_same_weights(here / "source", result)
         model = AutoModelForCausalLM.from_pretrained(result).eval()
         with torch.no_grad():
@@ -75,7 +75,7 @@ def golden_round_trips(folder: Path) -> dict[str, float]:
     found = {}
     for name in NAMES:
         case = load_case(name)
-        result = round_trip(FOLDER / name, folder / name)
+        result = round_trip(FOLDER / name, folder / name, verify=False)
         after = stored_weights(result)
         repeated = case.weights.keys() - after.keys()
         assert repeated <= {"lm_head.weight"}
