@@ -1,7 +1,6 @@
 """Small exported models: the golden cases' weights, under any method's settings."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,19 @@ def case_config(name: str) -> dict[str, Any]:
     return {**stored, **_NOT_IN_THE_CASE.get(name, {})}
 
 
-def export_case(name: str, folder: Path, **settings: Any) -> Path:
+def case_weights(name: str, *, is_sharper: bool = False) -> dict[str, Tensor]:
+    """By stock name; a tied head is not repeated."""
+    state = load_file(CASES / name / "model.safetensors")
+    config = case_config(name)
+    if config["tie_word_embeddings"]:
+        del state["lm_head.weight"]
+    for weight in (t for key, t in state.items() if "layers." in key or ".h." in key):
+        if is_sharper and weight.ndim == 2:
+            weight *= SHARPER[config["model_type"]]
+    return state
+
+
+def export_case(name: str, folder: Path, *, is_sharper: bool = False, **settings: Any) -> Path:
     """A golden case's folder as the converter writes it: config, weights, code."""
     folder.mkdir(parents=True)
     config = {**case_config(name), **settings}
@@ -78,7 +89,7 @@ def export_case(name: str, folder: Path, **settings: Any) -> Path:
         config["auto_map"] = exported_code.auto_map(config["model_type"])
         exported_code.copy_remote_code(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    state = load_file(CASES / name / "model.safetensors")
+    state = case_weights(name, is_sharper=is_sharper)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -92,10 +103,7 @@ def build(architecture: str = "llama", **settings: Any) -> Any:
     if architecture in WEIGHTS:
         name = WEIGHTS[architecture]
         config = config_class(**{**case_config(name), **settings})
-        state = load_file(CASES / name / "model.safetensors")
-        for weight in (t for key, t in state.items() if "layers." in key or ".h." in key):
-            if weight.ndim == 2:
-                weight *= SHARPER[architecture]
+        state = case_weights(name, is_sharper=True)
         model = model_class.from_pretrained(None, config=config, state_dict=state)
     else:
         torch.manual_seed(5)
@@ -109,9 +117,3 @@ def random_ids(rows: int, columns: int, seed: int = 0) -> Tensor:
     """Token ids, none of them the padding or the pause token: [rows, columns]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 95, (rows, columns), generator=generator)
-
-
-def copy_folder(source: Path, target: Path) -> Path:
-    """A copy, to change."""
-    shutil.copytree(source, target)
-    return target
