@@ -211,6 +211,31 @@ def test_targets(tmp_path: Path) -> None:
     alone(targets, tmp_path)
 
 
+def foreign_code(folder: Path) -> dict[str, tuple[int, str]]:
+    """Code that comes with a folder: refused, run where asked, or not looked at."""
+    os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
+    write_stock_model("llama", folder / "source")
+    (folder / "source" / "modeling_x.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaForCausalLM\n"
+        f"Path({str(folder / 'was_run')!r}).touch()\n\n\nclass X(LlamaForCausalLM):\n    pass\n"
+    )
+    change_config(folder / "source", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    found = {}
+    for flag in ("--no-verify", "--trust-remote-code"):
+        assert not (folder / "was_run").exists()
+        flags = ("--hf-path", str(folder / "source"), "--save", str(folder / flag))
+        found[flag] = convert("import", *flags, flag)
+    assert (folder / "was_run").exists()
+    return found
+
+
+def test_foreign_code(tmp_path: Path) -> None:
+    found = alone(foreign_code, tmp_path)
+    assert [code for code, _ in found.values()] == [0, 0], found
+    assert "was not compared" in found["--no-verify"][1]
+    assert "largest difference of logits" in found["--trust-remote-code"][1]
+
+
 def full_disk(folder: Path) -> Iterator[tuple[int, str]]:
     """Writing fails behind 60 kB of a file: with an error that names no file."""
     write_stock_model("llama", folder / "source")

@@ -189,6 +189,6 @@ def test_the_stored_settings_start_a_run(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint" / "iter_0000000" / "run_config.yaml"
     more = ["--global-batch-size", "16", "--lr", "1e-5", "--train-iters", "7"]
     config = resolve(parse_args(["--config", str(path), *more], prog="test"), world_size=8)
-    assert config.optimizer.min_lr == 1e-6 and config.optimizer.lr_decay_iters == 7
+    assert config.optimizer.min_lr == 1e-5 / 10 and config.optimizer.lr_decay_iters == 7
     assert config.model.num_query_groups == stock_config("llama").num_key_value_heads
     assert "min_lr: null" in dump_yaml(parse_args(["--config", str(path)], prog="test"))
