@@ -9,8 +9,10 @@ and values of all; each chunk attends to what lies before it. During generation 
 (`model.cache`) puts the keys and values of earlier slots before those that are given.
 """
 
+import copy
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +135,21 @@ class RotarySelfAttention(SelfAttention):
 
     megatron-core's own forward computes cosines and sines in every layer and serves caches, flash
     decoding and packed sequences besides.
+
+    Args:
+        config: megatron-core's config.
+        add_attention_bias: biases in both projections, where the config has none anywhere.
+        arguments: the base class's.
     """
+
+    def __init__(
+        self, config: TransformerConfig, *, add_attention_bias: bool = False, **arguments: Any
+    ) -> None:
+        if add_attention_bias:
+            # megatron-core has one switch for the biases of attention and MLP.
+            config = copy.copy(config)
+            config.add_bias_linear = True
+        super().__init__(config, **arguments)
 
     def forward(
         self,
@@ -159,6 +175,8 @@ class RotarySelfAttention(SelfAttention):
             query, key, value = self.get_query_key_value_tensors(hidden_states)
         else:
             mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+            if self.q_layernorm is not None:
+                mixed = self._norm_heads(mixed)
             query, key, value = split_and_rotate(
                 mixed, rotary_pos_emb, self.hidden_size_per_attention_head
             )
@@ -166,3 +184,11 @@ class RotarySelfAttention(SelfAttention):
             query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.causal
         )
         return self.linear_proj(keep_stages(context, attention_mask))
+
+    def _norm_heads(self, mixed: Tensor) -> Tensor:
+        """Queries and keys normed, each head by itself: [slots, b, groups, (n + 2) * d], both."""
+        # [slots, b, groups, (n + 2) * d] -> [slots, b, groups, n + 2, d]
+        by_head = mixed.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+        query, key, value = by_head.split((by_head.size(-2) - 2, 1, 1), dim=-2)
+        normed = (self.q_layernorm(query), self.k_layernorm(key), value)
+        return torch.cat(normed, dim=-2).flatten(-2)

@@ -40,6 +40,7 @@ from megatron_ponder.model.embedding_copy import EmbeddingCopy, mark_as_replicat
 from megatron_ponder.model.mixture import mix_embeddings
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.padded_vocab import mask_padded_columns
+from megatron_ponder.model.rotary_frequencies import build_rotary_embedding
 from megatron_ponder.model.stages import kept_stages
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.plan import Pass, PassPlan
@@ -108,12 +109,7 @@ class PonderGPTModel(LanguageModule):
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if not has_learned_positions:
-            self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=config.kv_channels,
-                rotary_percent=shape.rotary_percent,
-                rotary_base=shape.rotary_base,
-                cp_group=pg_collection.cp,
-            )
+            self.rotary_pos_emb = build_rotary_embedding(shape, pg_collection)
         # The final norm is the model's: whether it runs, and on which slots, differs by pass.
         self.decoder = TransformerBlock(
             config=config,
