@@ -10,6 +10,7 @@ Both hold about one weight in memory at a time, and then compare source and resu
 when it is complete. docs/convert.md says what is converted, and what is refused.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"{command}: what to do must come first: {', '.join(commands)}.")
     prog = f"convert_checkpoint.py {command}"
     options = tyro.cli(commands[command], prog=prog, description=__doc__, args=arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a conversion takes one process: start it without torchrun.")
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn

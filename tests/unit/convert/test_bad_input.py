@@ -270,7 +270,7 @@ def test_no_permission(tmp_path: Path) -> None:
     assert code == 2 and "Permission denied" in printed
 
 
-def test_flags() -> None:
+def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that --help needs no torch, which tests/e2e/test_convert.py measures."""
     for arguments, reason in (
         (["no-such-command"], "must come first: import, export"),
@@ -280,3 +280,6 @@ def test_flags() -> None:
     ):
         code, printed = convert(*arguments)
         assert code == 2 and reason in printed, printed
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, printed = convert("export", "--load", "x", "--hf-path", "y")
+    assert code == 2 and "takes one process" in printed
