@@ -1,4 +1,11 @@
-"""Nothing is written outside the tests' folders: transformers copies a model's code to a cache."""
+r"""Nothing is written outside the tests' folders: transformers copies a model's code to a cache.
+
+Under another transformers, from a virtual environment with torch, transformers, safetensors and
+pytest only:
+
+    cd tests/hf && PYTHONPATH=../.. python -m pytest . --confcutdir=. \
+        --ignore=test_reference_model.py
+"""
 
 import sys
 

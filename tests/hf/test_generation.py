@@ -144,6 +144,17 @@ def test_prefill_in_chunks(model, implementation):
         assert torch.equal(found.sequences, whole)
 
 
+def test_drafts_are_taken_back(model):
+    """Assisted decoding: a draft that is refused leaves the cache, with all its slots or passes."""
+    ids = random_ids(1, 5).repeat(1, 3)[:, :12]
+    mask = torch.ones_like(ids)
+    # Lookup in older versions wants a token that ends; this one never comes.
+    settings = {"attention_mask": mask, "eos_token_id": 96, **GREEDY}
+    expected = model.generate(ids, **settings)
+    for draft in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": build(method="vanilla")}):
+        assert torch.equal(model.generate(ids, **draft, **settings), expected)
+
+
 @pytest.mark.parametrize("kind", ["returned", "dynamic", "static", "copied"])
 def test_conversation_on_a_kept_cache(model, kind):
     """The second turn sees the first one's tokens as they were kept."""

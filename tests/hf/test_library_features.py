@@ -103,6 +103,7 @@ def test_gradient_checkpointing(architecture, method):
         loss.backward()
         handle.remove()
         assert len(calls) == 2 * num_passes, "nothing was computed again"
+        assert model(ids, use_cache=True).past_key_values is None
         for name, gradient in gradients(model).items():
             scale = max(float(expected[name].abs().max()), 1e-6)
             assert largest_difference(gradient, expected[name]) <= 1e-5 * scale, name
@@ -161,6 +162,18 @@ def test_a_compiled_forward_is_one_graph(method):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = compiled(ids, use_cache=False).logits
     assert largest_difference(found, expected) <= LOGITS_ABSOLUTE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ponderlm2", "loop"])
+def test_generation_on_a_compiled_forward(method):
+    model = build(**{**FEW_ROUNDS[method], "num_latent_thoughts": 1, "num_jacobi_iterations": 1})
+    ids = random_ids(2, 6)
+    expected = model.generate(ids, **GREEDY)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    found = model.generate(ids, cache_implementation="static", **GREEDY)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
