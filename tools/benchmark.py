@@ -1,14 +1,19 @@
-"""Measures training, the pipeline, costs, and preprocessing, each beside something to compare with.
+"""Measures what a run costs, each command beside something to compare it with.
 
     python tools/benchmark.py train --json --preset pythia-160m --bf16 --micro-batch-size 8
-    python tools/benchmark.py train --config X.yaml --r-values 0 1 2 3 4 --plot memory.png
+    python tools/benchmark.py train --config X.yaml --roofline --profile trace.json.gz
+    python tools/benchmark.py kernels --preset llama-410m --bf16
+    python tools/benchmark.py checkpoint --preset llama-410m --folder /scratch
     python tools/benchmark.py pipeline --json --config X.yaml --pipeline-model-parallel-size 2
     python tools/benchmark.py curves --plot curves.png --record curves.json
+    python tools/benchmark.py generate --json --preset pythia-70m --prompt-tokens 1024
     python tools/benchmark.py preprocess --json --input corpus.jsonl.zst
 
-`train` (beside plain PyTorch, in turns), `pipeline` (beside the simulator, on a CPU core per rank)
-and `curves` (over K, R, length, size, batch, method and ranks, beside what is predicted; without
-settings of a small model) take the settings of pretraining, and the flags below.
+`train` (beside the method on stock transformers layers), `kernels` (beside eager chains),
+`checkpoint` (stall, bytes, load), `pipeline` (beside the simulator, on a CPU core per rank),
+`curves` (over K, R, length, size, batch, method and ranks, beside what is predicted; without
+settings of a small model) and `generate` (with a cache beside without) take the settings of
+pretraining, and the flags below.
 """
 
 import json

@@ -71,6 +71,13 @@ def _checkpoint(options: flags.CheckpointBenchmarkOptions, config: RunConfig) ->
     return result, checkpoint.as_text(result)
 
 
+def _generate(options: flags.GenerateBenchmarkOptions, config: RunConfig) -> Report:
+    from megatron_ponder.benchmark import generate
+
+    result = generate.benchmark_generation(options, config)
+    return result, generate.as_text(result)
+
+
 def _preprocess(options: flags.PreprocessBenchmarkOptions) -> Report:
     from megatron_ponder.benchmark import preprocess
 
@@ -84,6 +91,7 @@ COMMANDS = {
     "curves": Command(options=CurvesBenchmarkOptions, measure=_curves),
     "kernels": Command(options=flags.KernelsBenchmarkOptions, measure=_kernels),
     "checkpoint": Command(options=flags.CheckpointBenchmarkOptions, measure=_checkpoint),
+    "generate": Command(options=flags.GenerateBenchmarkOptions, measure=_generate),
     "preprocess": Command(
         options=flags.PreprocessBenchmarkOptions, measure=_preprocess, takes_settings=False
     ),

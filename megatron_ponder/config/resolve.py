@@ -69,7 +69,7 @@ def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None
         "min_lr": optim.lr / 10,
         "lr_decay_iters": decay_iters,
         "lr_warmup_iters": round(optim.lr_warmup_fraction * decay_iters),
-        "lr_wsd_decay_iters": decay_iters // 10,
+        "lr_wsd_decay_iters": max(decay_iters // 10, 1),
     }
     given = config.to_flat_dict()
     config = config.replaced(**{k: v for k, v in defaults.items() if given[k] is None})

@@ -49,7 +49,7 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
             f"config.json lacks {', '.join(missing)}, without which a {config['model_type']} model "
             "has no shape."
         )
-    known = family.defaults | {k: v for k, v in relevant.items() if v is not None}
+    known = family.defaults | relevant
     settings = {"architecture": config["model_type"], **family.settings}
     settings |= {ours: known[theirs] for ours, theirs in family.keys.items()}
     problems = [
@@ -64,6 +64,11 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
         )
     settings["activation"] = family.activations.get(activation)
     settings |= _derived_shape(settings)
+    problems += [
+        f"{theirs} null: must be given"
+        for ours, theirs in family.keys.items()
+        if settings[ours] is None
+    ]
     settings |= _biases(config["model_type"], relevant, problems)
     tied = relevant.get("tie_word_embeddings")
     is_tied = family.tied_by_default if tied is None else tied

@@ -11,6 +11,7 @@ from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
 from megatron_ponder.benchmark.gpu_report import GpuReportOptions
 from megatron_ponder.benchmark.options import (
     CheckpointBenchmarkOptions,
+    GenerateBenchmarkOptions,
     KernelsBenchmarkOptions,
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
@@ -19,6 +20,7 @@ from megatron_ponder.benchmark.options import (
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.convert.options import ExportOptions, ImportOptions
 from megatron_ponder.data.inspection import InspectConfig
 from megatron_ponder.data.merging import MergeConfig
 from megatron_ponder.data.options import PrepareIndexOptions
@@ -35,6 +37,8 @@ from megatron_ponder.planning.scaling_options import ScalingOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
+    ImportOptions,
+    ExportOptions,
     TrainBenchmarkOptions,
     CurvesBenchmarkOptions,
     PreprocessBenchmarkOptions,
@@ -42,6 +46,7 @@ OPTIONS = (
     KernelsBenchmarkOptions,
     CheckpointBenchmarkOptions,
     GpuReportOptions,
+    GenerateBenchmarkOptions,
     PlanOptions,
     ScalingOptions,
     PreprocessConfig,

@@ -22,16 +22,19 @@ OLDEST_TRANSFORMERS = "4.56.0"
 """Tested; older ones have caches without layers, or layers without what is needed of them."""
 
 
-def _version(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
-
-
-if _version(transformers.__version__) < _version(OLDEST_TRANSFORMERS):
-    raise ImportError(
-        f"This model needs transformers {OLDEST_TRANSFORMERS} or newer, {transformers.__version__} "
-        f"is installed: pip install 'transformers>={OLDEST_TRANSFORMERS}'."
+def check_transformers(version: str) -> None:
+    """Raise ImportError for a transformers that is too old."""
+    given, needed = (
+        tuple(int(part) for part in text.split(".")[:2]) for text in (version, OLDEST_TRANSFORMERS)
     )
+    if given < needed:
+        raise ImportError(
+            f"This model needs transformers {OLDEST_TRANSFORMERS} or newer, {version} is "
+            f"installed: pip install 'transformers>={OLDEST_TRANSFORMERS}'."
+        )
+
+
+check_transformers(transformers.__version__)
 
 SETTINGS: dict[str, Any] = {
     "method": "ponderlm2",

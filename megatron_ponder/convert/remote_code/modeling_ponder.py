@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     GPT2LMHeadModel,
     GPTNeoXForCausalLM,
@@ -31,7 +31,7 @@ from .configuration_ponder import (
 )
 from .mixture import mix_embeddings
 from .padding import has_right_padding, move_padding_left
-from .passes import METHODS, Passes
+from .passes import METHODS, Output, Passes
 from .stock_model import CACHE_NAME, StockModel, share_weight_names
 from .thought_cache import ThoughtCache, as_thought_cache
 
@@ -54,7 +54,7 @@ class PonderCausalLM:
 
     config: Any
     training: bool
-    base_model: nn.Module
+    base_model: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
     loss_function: Any
@@ -121,6 +121,8 @@ class PonderCausalLM:
             raise ValueError("Packed sequences are not supported: pad them into rows of a batch.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
+        if self.training and self.base_model.gradient_checkpointing:
+            use_cache = False  # stock layers that are computed again keep nothing
         wanted = {"output_hidden_states": output_hidden_states}
         wanted |= {"output_attentions": output_attentions}
         passes = self._passes(
@@ -136,14 +138,28 @@ class PonderCausalLM:
         output = METHODS[self.config.effective_method](passes)
         if passes.keeps and passes.cache is not None:
             passes.cache.add(passes.tokens.size(1), output.num_rounds)
+        result = self._result(passes, output, labels, logits_to_keep, kwargs)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return result if return_dict else result.to_tuple()
+
+    def _result(
+        self,
+        passes: Passes,
+        output: Output,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        loss_kwargs: dict[str, Any],
+    ) -> PonderOutput:
+        """Logits and loss of what the method computed."""
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.get_output_embeddings()(output.hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
             )
-        result = PonderOutput(
+        return PonderOutput(
             loss=loss,
             logits=logits,
             hidden_states=output.last_pass.hidden_states,
@@ -151,9 +167,6 @@ class PonderCausalLM:
             jacobi_iterations=None if self.training else output.num_rounds,
             **{CACHE_NAME: passes.cache if passes.keeps else None},
         )
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return result if return_dict else result.to_tuple()
 
     def _passes(
         self,
@@ -198,7 +211,11 @@ class PonderCausalLM:
         """softmax(head) times the scaled embeddings, [..., h] -> [..., h]."""
         top_k = self.config.interpolation_topk if self.config.interpolation_use_topk else None
         logits = self.get_output_embeddings()(hidden)
-        return self._scale(mix_embeddings(logits, self.get_input_embeddings().weight, top_k))
+        embed = self.get_input_embeddings()
+        table = embed.weight
+        if table.device.type == "meta":  # accelerate keeps it elsewhere and fetches it for a call
+            table = embed(torch.arange(embed.num_embeddings, device=hidden.device))
+        return self._scale(mix_embeddings(logits, table, top_k))
 
     def _num_rounds(self, asked: int | None) -> int:
         """R of this forward."""
