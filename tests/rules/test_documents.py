@@ -27,6 +27,7 @@ from megatron_ponder.inference.options import (
     SamplingOptions,
 )
 from megatron_ponder.planning.options import PlanOptions
+from megatron_ponder.runtime.diagnosis import DoctorOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
@@ -34,6 +35,7 @@ OPTIONS = (
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
     PlanOptions,
+    DoctorOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
     MergeConfig,
