@@ -6,6 +6,7 @@ for builds of flash-attn that are newer than torch's copy. Has not run yet: no G
 
 from megatron.core import tensor_parallel
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from megatron_ponder.model.attention import SdpaCoreAttention
 
@@ -13,8 +14,12 @@ from megatron_ponder.model.attention import SdpaCoreAttention
 class FlashCoreAttention(SdpaCoreAttention):
     """As the base class, by flash_attn_func."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As the base class; with fewer queries than keys the last of both are aligned."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | CausalBias | None = None
+    ) -> Tensor:
+        """As the base class, which serves masks; without one the last query is at the last key."""
+        if mask is not None:
+            return super()._attend(query, key, value, mask)
         from flash_attn import flash_attn_func
 
         s, b, heads, d = query.shape

@@ -392,7 +392,13 @@ class PonderGPTModel(LanguageModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """As megatron-core's GPTModel: the final norm is stored as the decoder's."""
+        """As megatron-core's GPTModel: the final norm is stored as the decoder's.
+
+        TransformerEngine's attention would ask for a state that other attention does not save, and
+        that is empty without delayed scaling.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for key in [key for key in state if key.endswith("core_attention._extra_state")]:
+            del state[key]
         apply_prefix_mapping(state, {f"{prefix}final_norm.": f"{prefix}decoder.final_layernorm."})
         return state

@@ -20,7 +20,7 @@ NUM_STEPS = 1
 
 @pytest.fixture(scope="module")
 def truth(checkpoints):
-    return measure_layout(Layout(1, {}), MODELS, checkpoints, NUM_STEPS)[0]
+    return measure_layout(Layout(1, {"kernels": "torch"}), MODELS, checkpoints, NUM_STEPS)[0]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from megatron_ponder.kernels.dispatch import kernels_chosen
 from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_stages
-from tests.unit.kernels.tolerances import FORWARD, GRADIENT, assert_close
+from tests.unit.kernels.tolerances import DEVICE, FORWARD, GRADIENT, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(5, 2, 12, 1), (5, 2, 12, 2), (3, 1, 7, 3), (1, 3, 33, 4), (70, 1, 5, 2)]
@@ -14,13 +14,13 @@ V, FIRST_ROW = 11, 4
 
 
 def randn(*shape, seed, dtype):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def token_ids(b, s):
     """Of this rank, of others, and one id in more than half of all places."""
     ids = torch.randint(0, V + FIRST_ROW + 3, (b, s), generator=torch.Generator().manual_seed(7))
-    return torch.where(torch.arange(s) % 5 < 3, FIRST_ROW + 2, ids)
+    return torch.where(torch.arange(s) % 5 < 3, FIRST_ROW + 2, ids).to(DEVICE)
 
 
 def with_gradients(function, *inputs, seed=9):
@@ -50,7 +50,7 @@ def test_embed_and_interleave_is_its_formula(s, b, h, n, scale):
         for row in range(b):
             t, j = divmod(slot, n)
             local = int(ids[row, t]) - FIRST_ROW
-            expected = torch.zeros(h, dtype=torch.float64)
+            expected = torch.zeros(h, dtype=torch.float64, device=DEVICE)
             if j > 0:
                 expected = thoughts[t * (n - 1) + j - 1, row]
             elif 0 <= local < V:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from megatron_ponder.kernels.dispatch import kernels_chosen
 from megatron_ponder.kernels.stage_norm import norm_stages
-from tests.unit.kernels.tolerances import FORWARD, GRADIENT, assert_close
+from tests.unit.kernels.tolerances import DEVICE, FORWARD, GRADIENT, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
@@ -26,7 +26,7 @@ def inputs(s, b, h, n, dtype, *, is_layer_norm):
     hidden = torch.randn(s * n, b, h, generator=generator).add_(0.3).to(dtype)
     weight = torch.rand(h, generator=generator).add_(0.5).to(dtype)
     bias = torch.randn(h, generator=generator).to(dtype) if is_layer_norm else None
-    return hidden, weight, bias
+    return hidden.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE)
 
 
 def results(kernels, hidden, weight, bias, n, stages, gradient):
@@ -43,7 +43,7 @@ def results(kernels, hidden, weight, bias, n, stages, gradient):
 def test_triton_equals_torch(s, b, h, n, stages, is_layer_norm, dtype):
     hidden, weight, bias = inputs(s, b, h, n, dtype, is_layer_norm=is_layer_norm)
     generator = torch.Generator().manual_seed(3)
-    gradient = torch.randn(s * len(stages), b, h, generator=generator).to(dtype)
+    gradient = torch.randn(s * len(stages), b, h, generator=generator).to(DEVICE, dtype)
     ours = results("triton", hidden, weight, bias, n, stages, gradient)
     in_fp32 = [None if t is None else t.float() for t in (hidden, weight, bias)]
     expected = results("torch", *in_fp32, n, stages, gradient.float())

@@ -8,6 +8,8 @@ interpreter (3.9) cuts off what does not fit into bf16, where a GPU rounds: also
 import torch
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels are tested: compiled on a GPU, in Triton's interpreter without one."""
 FORWARD = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Relative to the largest entry. fp32: another order of sums. 16 bits: one unit in the last place
 of a value near the largest."""
