@@ -1,7 +1,7 @@
 """Fills the parity tables of docs/parallelism.md: python -m tests.parity.table (half an hour).
 
-Runs the whole matrix. Finished runs are kept in runs/parity.jsonl, so that it can be interrupted, and
-models that are added later are measured alone; delete the file to measure all anew.
+Runs the whole matrix. Finished runs are kept in runs/parity.jsonl, so that it can be interrupted,
+and models that are added later are measured alone; delete the file to measure all anew.
 """
 
 import importlib.metadata
