@@ -1,14 +1,16 @@
-"""Measures training, the pipeline, costs, and preprocessing, each beside something to compare with.
+"""Measures training, pipelines, costs, generation and preprocessing, each beside something like it.
 
     python tools/benchmark.py train --json --preset pythia-160m --bf16 --micro-batch-size 8
     python tools/benchmark.py train --config X.yaml --r-values 0 1 2 3 4 --plot memory.png
     python tools/benchmark.py pipeline --json --config X.yaml --pipeline-model-parallel-size 2
     python tools/benchmark.py curves --plot curves.png --record curves.json
+    python tools/benchmark.py generate --json --preset pythia-70m --prompt-tokens 1024
     python tools/benchmark.py preprocess --json --input corpus.jsonl.zst
 
-`train` (beside plain PyTorch, in turns), `pipeline` (beside the simulator, on a CPU core per rank)
-and `curves` (over K, R, length, size, batch, method and ranks, beside what is predicted; without
-settings of a small model) take the settings of pretraining, and the flags below.
+`train` (beside plain PyTorch, in turns), `pipeline` (beside the simulator, on a CPU core per rank),
+`curves` (over K, R, length, size, batch, method and ranks, beside what is predicted; of a small
+model if none is given) and `generate` (with a cache beside without) take the settings of
+pretraining and the flags below.
 """
 
 import json

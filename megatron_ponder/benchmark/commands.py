@@ -57,6 +57,13 @@ def _curves(options: CurvesBenchmarkOptions, config: RunConfig) -> Report:
     return result, curves_report.as_text(result)
 
 
+def _generate(options: flags.GenerateBenchmarkOptions, config: RunConfig) -> Report:
+    from megatron_ponder.benchmark import generate
+
+    result = generate.benchmark_generation(options, config)
+    return result, generate.as_text(result)
+
+
 def _preprocess(options: flags.PreprocessBenchmarkOptions) -> Report:
     from megatron_ponder.benchmark import preprocess
 
@@ -68,6 +75,7 @@ COMMANDS = {
     "train": Command(options=flags.TrainBenchmarkOptions, measure=_train),
     "pipeline": Command(options=flags.PipelineBenchmarkOptions, measure=_pipeline),
     "curves": Command(options=CurvesBenchmarkOptions, measure=_curves),
+    "generate": Command(options=flags.GenerateBenchmarkOptions, measure=_generate),
     "preprocess": Command(
         options=flags.PreprocessBenchmarkOptions, measure=_preprocess, takes_settings=False
     ),

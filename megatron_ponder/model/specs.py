@@ -31,6 +31,7 @@ def layer_spec(config: RunConfig) -> ModuleSpec:
     model = config.model
     local = get_gpt_layer_local_spec(normalization=model.normalization).submodules
     attention = local.self_attention
+    head_norms = dict.fromkeys(("q_layernorm", "k_layernorm"), Norm if model.qk_layernorm else None)
     return ModuleSpec(
         module=ParallelResidualLayer if model.parallel_residual else SequentialResidualLayer,
         submodules=dataclasses.replace(
@@ -39,9 +40,9 @@ def layer_spec(config: RunConfig) -> ModuleSpec:
             pre_mlp_layernorm=Norm,
             self_attention=ModuleSpec(
                 module=RotarySelfAttention,
-                params=attention.params,
+                params={**attention.params, "add_attention_bias": model.add_attention_bias},
                 submodules=dataclasses.replace(
-                    attention.submodules, core_attention=_core_attention(config)
+                    attention.submodules, core_attention=_core_attention(config), **head_norms
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

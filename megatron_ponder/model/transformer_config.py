@@ -35,6 +35,10 @@ def build_transformer_config(config: RunConfig) -> TransformerConfig:
         gated_linear_unit=model.activation == "swiglu",
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        # Makes megatron-core add up these norms' gradients over tensor-parallel ranks, each of
+        # which has norms of its own heads only.
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         bf16=config.training.bf16,

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
 from megatron_ponder.benchmark.options import (
+    GenerateBenchmarkOptions,
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
     TrainBenchmarkOptions,
@@ -16,6 +17,7 @@ from megatron_ponder.benchmark.options import (
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.convert.options import ExportOptions, ImportOptions
 from megatron_ponder.data.inspection import InspectConfig
 from megatron_ponder.data.merging import MergeConfig
 from megatron_ponder.data.options import PrepareIndexOptions
@@ -32,10 +34,13 @@ from megatron_ponder.planning.scaling_options import ScalingOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
+    ImportOptions,
+    ExportOptions,
     TrainBenchmarkOptions,
     CurvesBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
+    GenerateBenchmarkOptions,
     PlanOptions,
     ScalingOptions,
     PreprocessConfig,
