@@ -1,34 +1,9 @@
 """Flags of tools/benchmark.py. Imports no torch: `--help` is instant."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypeVar
 
-import tyro
-
-from megatron_ponder import log
-from megatron_ponder.config.parse import parse_args
-from megatron_ponder.config.schema import RunConfig, TokenizerType
+from megatron_ponder.config.schema import TokenizerType
 from megatron_ponder.errors import ConfigError
-
-Options = TypeVar("Options")
-
-
-def parse(
-    kind: type[Options], command: str, arguments: Sequence[str], description: str | None
-) -> tuple[Options, RunConfig]:
-    """Flags of a command that takes the settings of a run besides; sets up the log.
-
-    Raises:
-        ConfigError: a flag that neither knows.
-    """
-    prog = f"tools/benchmark.py {command}"
-    options, settings = tyro.cli(
-        kind, prog=prog, description=description, args=arguments, return_unknown_args=True
-    )
-    config = parse_args(settings, prog=prog)
-    log.configure()  # before imports that warn
-    return options, config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

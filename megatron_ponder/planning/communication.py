@@ -50,7 +50,7 @@ def stage_traffic(
     chunks = cut_into_chunks(plan, config.parallel.num_virtual_stages_per_pipeline_rank)
     result = []
     for stage in range(num_stages):
-        counter = _StageTraffic(config, plan, stage)
+        counter = StageTraffic(config, plan, stage)
         result.append(
             Traffic(
                 tensor=num_microbatches * sum(map(counter.tensor_bytes, chunks))
@@ -65,7 +65,7 @@ def stage_traffic(
     return result
 
 
-class _StageTraffic:
+class StageTraffic:
     """One stage's traffic, chunk by chunk."""
 
     def __init__(self, config: RunConfig, plan: PassPlan, stage: int) -> None:

@@ -33,7 +33,7 @@ def _gib(number: float) -> str:
     return f"{number / GIB:.2f}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Right-aligned columns."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
@@ -74,7 +74,7 @@ def _passes(result: dict[str, Any]) -> list[str]:
         for row in result["passes"]
     ]
     header = ["pass", "slots/token", "read stages", "gradient", "FLOPs/sequence", "share"]
-    return ["passes of a forward", *_table(header, rows)]
+    return ["passes of a forward", *table(header, rows)]
 
 
 def _memory(result: dict[str, Any]) -> list[str]:
@@ -92,7 +92,7 @@ def _memory(result: dict[str, Any]) -> list[str]:
     return [
         "memory of a rank, GiB (step: activations and what a backward needs; alive: micro-batches",
         "times chunks that wait for their backward then; without CUDA, libraries, fragmentation)",
-        *_table(header, rows),
+        *table(header, rows),
     ]
 
 

@@ -73,6 +73,39 @@ def test_pipeline(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+CURVES = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --vocab-size 64 --seq-length 16 "
+    "--micro-batch-size 2 --num-jacobi-iterations 1 --rounds 1"
+).split()
+
+
+def test_curves(tmp_path: Path) -> None:
+    record, plot = tmp_path / "f" / "curves.json", tmp_path / "f" / "curves.png"
+    ended = run(
+        *("curves", *CURVES, "--variables", "thoughts", "--k-values", "0", "1"),
+        *("--record", str(record), "--plot", str(plot)),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "latent thoughts K" in ended.stdout and "load" in ended.stdout
+    result = json.loads(record.read_text())
+    vanilla, base = result["curves"]["thoughts"]
+    assert base["time"]["median"] == 1 == base["memory"]["measured"]
+    assert vanilla["time"]["predicted"] < 0.3 and vanilla["memory"]["measured"] < 0.7
+    assert base["memory_bytes"] == pytest.approx(base["predicted_memory_bytes"], rel=0.1)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_curves_over_ranks() -> None:
+    ended = run("curves", *CURVES, "--json", "--variables", "data-parallel", "pipeline")
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    for points in result["curves"].values():
+        one, two = points
+        assert (one["world_size"], two["world_size"]) == (1, 2)
+        assert two["memory_bytes"] == pytest.approx(two["predicted_memory_bytes"], rel=0.1)
+
+
 def wait_for_quiet() -> None:
     """Until the machine has a core for each of two ranks, or five minutes are over."""
     deadline = time.monotonic() + QUIET_TIMEOUT_S
@@ -102,6 +135,10 @@ def test_predicted_pipeline_is_within_15_percent_of_a_timed_run() -> None:
         (["pipeline", *PIPELINE, "--random-jacobi-iterations"], "--no-random-jacobi-iterations"),
         (["pipeline", "--steps", "0"], "--steps 0: must be at least 1"),
         (["pipeline", *PIPELINE, "--num-layers", "3"], "--num-layers 3"),
+        (["curves", "--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["curves", "--variables", "speed"], "variables"),
+        (["curves", *CURVES, "--ranks", "3"], "--variables pipeline, 3"),
+        (["preprocess", "--num-layers", "2"], "not among the flags"),
         (
             ["generate", "--new-tokens", "2"],
             "--recomputed-tokens 4: must be at most --new-tokens 2",

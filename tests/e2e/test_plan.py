@@ -79,3 +79,40 @@ def test_bad_input(arguments: list[str], message: str) -> None:
     ended = run(*arguments)
     assert ended.returncode == 2, ended.stdout
     assert message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_scaling(tmp_path: Path) -> None:
+    """A whole search: numbers, tables and a picture."""
+    picture = tmp_path / "folder" / "scaling.png"
+    arguments = (
+        "scaling --preset llama-410m --bf16 --global-batch-size 256 --world-sizes 8 1024 "
+        "--largest-micro-batch-size 1"
+    ).split()
+    ended = run(*arguments, "--json", "--picture", str(picture))
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["predicted"] is True and result["assumed"]["assumed_tflops"] == 400
+    few, many = result["rows"]
+    assert (few["world_size"], many["world_size"]) == (8, 1024)
+    assert many["layout"]["data_parallel"] <= 256 and few["ours"]["fits"]
+    # Nine times the layers, attention more than that over twice the slots, and one output layer.
+    assert 8 < few["ours"]["step_s"] / few["compared"]["step_s"] < 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    ended = run(*arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert "PREDICTED" in ended.stdout and "best layouts" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "gpt2", "--seq-length", "64"], "--global-batch-size"),
+        (["--preset", "gpt2", "--world-sizes", "0"], "--world-sizes"),
+        (["--preset", "gpt2", "--link-efficiency", "2"], "--link-efficiency"),
+        (["--global-batch-size", "8"], "--vocab-size must be given"),
+    ],
+)
+def test_bad_input_of_scaling(arguments: list[str], message: str) -> None:
+    ended = run("scaling", *arguments)
+    assert ended.returncode == 2, ended.stdout
+    assert message in ended.stderr and "Traceback" not in ended.stderr

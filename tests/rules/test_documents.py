@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
 from megatron_ponder.benchmark.options import (
     GenerateBenchmarkOptions,
     PipelineBenchmarkOptions,
@@ -29,16 +30,19 @@ from megatron_ponder.inference.options import (
     SamplingOptions,
 )
 from megatron_ponder.planning.options import PlanOptions
+from megatron_ponder.planning.scaling_options import ScalingOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
     ImportOptions,
     ExportOptions,
     TrainBenchmarkOptions,
+    CurvesBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
     GenerateBenchmarkOptions,
     PlanOptions,
+    ScalingOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
     MergeConfig,
