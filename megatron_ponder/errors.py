@@ -6,10 +6,12 @@ with a traceback. Command lines wrap their `main` in `exit_on_user_error`.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
+BROKEN_PIPE_EXIT_CODE = 141
 
 
 class PonderError(Exception):
@@ -43,8 +45,9 @@ class TrainingError(PonderError):
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Make `main` return an exit code: 2 and the message on stderr for a `PonderError`.
 
-    So does an OSError about a file: no permission, disk full. Any other exception passes through
-    with its traceback, because it is a bug of ours.
+    So does an OSError about a file: no permission, disk full. A reader of the output that goes
+    away ends `main` quietly, with the exit code that a shell gives for it. Any other exception
+    passes through with its traceback, because it is a bug of ours.
     """
 
     @functools.wraps(main)
@@ -53,6 +56,10 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except PonderError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough. Python would complain once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return BROKEN_PIPE_EXIT_CODE
         except OSError as error:
             if error.filename is None:
                 raise

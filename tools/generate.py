@@ -1,13 +1,17 @@
-"""Continues a text with a trained model.
+"""Continues texts with a trained model.
 
     python tools/generate.py --load runs/llama --prompt "def main(" --temperature 0.8 --top-k 40
-    python tools/generate.py --load runs/llama --prompt "The " --temperature 0 --max-new-tokens 20
+    python tools/generate.py --load runs/llama --prompt "The " --prompt "A " --temperature 0
+    python tools/generate.py --load runs/llama --prompt-file prompts.jsonl --json > texts.json
+    torchrun --nproc-per-node 4 tools/generate.py --load runs/llama --prompt "The "
 
-Prints the prompt and its continuation. Each new token recomputes the training path over all tokens
-before it (thoughts included), without a cache: right, but slow; for looking at a model, not for
-serving one. Under torchrun all ranks share each layer's weights.
+A single text is printed as it grows; several are continued together. Keys and values of all slots,
+thoughts included, are kept between tokens; --no-use-cache computes the whole training forward for
+every token instead. Speed is told on stderr. Under torchrun all ranks share each layer's weights.
+docs/generate.md says what exactly is computed.
 """
 
+import json
 import sys
 
 import tyro
@@ -17,18 +21,41 @@ from megatron_ponder.inference.options import GenerateOptions
 
 
 @exit_on_user_error
-def main() -> None:
+def main() -> int:
     """Parse flags, generate, print."""
     options = tyro.cli(GenerateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn
-    from megatron_ponder.inference.sampling import generate_text
+    from megatron_ponder.inference.generation import run
     from megatron_ponder.runtime.distributed import is_rank_zero
 
-    text = generate_text(options)
-    if is_rank_zero():
-        print(text)
+    def write(piece: str) -> None:
+        if is_rank_zero() and not options.json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    try:
+        result = run(options, write)
+    except KeyboardInterrupt:
+        write("\n")
+        return 130  # as a shell says that a signal ended it
+    if not is_rank_zero():
+        return 0
+    if options.json:
+        print(json.dumps(result, indent=1))
+    print(
+        f"{result['num_new_tokens']} tokens in {result['elapsed_s']:.2f} s, "
+        f"{result['tokens_per_s']:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    if result["num_longer_texts"]:
+        print(
+            f"{result['num_longer_texts']} of the texts outgrew the {result['seq_length']} tokens "
+            "that the model was trained on; what lies behind is not what it has learnt.",
+            file=sys.stderr,
+        )
+    return 0
 
 
 if __name__ == "__main__":

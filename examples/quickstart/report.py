@@ -217,15 +217,29 @@ def comparison(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_report(results: Sequence[Result], path: Path) -> None:
-    """Table, comparison and samples as text."""
-    samples = "\n\n".join(
-        f"--- written by {result.name}\n{result.sample.rstrip()}" for result in results
-    )
+def write_report(
+    results: Sequence[Result], exported: Sequence[tuple[str, Path, Path]], path: Path
+) -> None:
+    """Table, comparison, exports and samples as text.
+
+    Args:
+        results: the models.
+        exported: of each exported model its name, and the answers of tools/evaluate.py and of
+            huggingface.py.
+        path: the file.
+    """
+    parts = [table(results), comparison(results)]
+    samples = [(result.name, result.sample) for result in results]
+    for name, ours, theirs in exported:
+        here, there = (json.loads(answer.read_text()) for answer in (ours, theirs))
+        parts.append(
+            f"{name} exported, and read by transformers alone ({there['class']}): perplexity "
+            f"{there['perplexity']:.4f}, here {here['perplexity']:.4f}."
+        )
+        samples.append((f"{name} in transformers", there["sample"]))
+    parts += [f"--- written by {name}\n{sample.rstrip()}" for name, sample in samples]
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(
-        f"{table(results)}\n\n{comparison(results)}\n\n{samples}\n", encoding="utf-8"
-    )
+    unfinished.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 

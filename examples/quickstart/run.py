@@ -4,9 +4,10 @@
 
 Needs no network and no GPU. Makes a corpus from the Python standard library, a tokenizer and
 indexed datasets from the corpus, trains each method (two, or with --methods all five) on the same
-batches through torchrun on 2 processes, evaluates all on held-out files, and shows loss curves, a
-table and samples. Every command it runs is kept in the log of its step. It can be interrupted at
-any time: the same command goes on, and skips what is done, also what was done for other --methods.
+batches through torchrun on 2 processes, evaluates all on held-out files, exports PonderLM-2 to
+Hugging Face and reads it with transformers alone, and shows loss curves, a table and samples. Every
+command it runs is kept in the log of its step. It can be interrupted at any time: the same command
+goes on, and skips what is done, also what was done for other --methods.
 The settings of the models are in pretrain.yaml beside this file.
 """
 
@@ -19,7 +20,7 @@ from types import FrameType
 
 NEEDED = (
     *("megatron_ponder", "torch", "megatron.core", "sentencepiece", "tokenizers"),
-    *("tyro", "yaml", "tqdm", "matplotlib", "numpy"),
+    *("transformers", "tyro", "yaml", "tqdm", "matplotlib", "numpy"),
 )
 EXIT_INTERRUPTED = 130
 

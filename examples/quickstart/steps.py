@@ -8,18 +8,23 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from contestants import Contestant, chosen_contestants
 from corpus import write_corpus
 from processes import run_tool
 from training import TrainingRun, train
 from workflow import Step
 
-from megatron_ponder.data.sentencepiece_training import PAUSE_ID
-from megatron_ponder.errors import ConfigError
+from megatron_ponder.config.parse import parse_args
+from megatron_ponder.errors import PonderError
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[1] / "tools"
 NUM_PROCESSES = 2
 PROMPT = "def get_"
+EXPORTED = "ponderlm2"
+"""The model that is exported to Hugging Face."""
+SAME_LOSS = 1e-4
+"""Larger differences between two fp32 programs on the same text are no rounding."""
 SAMPLE_FLAGS = ("--max-new-tokens", "120", "--temperature", "0.7", "--top-k", "40")
 
 
@@ -39,81 +44,6 @@ class Options:
     """Methods to compare, separated by commas, the first against the others; or all."""
     fresh: bool = False
     """Forget what was done before and do everything again."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """One of the models that are compared."""
-
-    name: str
-    """Of its folder."""
-    title: str
-    """As it is shown."""
-    flags: tuple[str, ...]
-    """What sets it apart from the others."""
-    train_estimate_s: float
-    """Seconds of its training, on 2 cores."""
-    evaluate_estimate_s: float
-    """Seconds of its evaluation, on 2 cores."""
-
-
-CONTESTANTS = (
-    Contestant(
-        name="vanilla",
-        title="vanilla",
-        flags=("--method", "vanilla"),
-        train_estimate_s=40,
-        evaluate_estimate_s=12,
-    ),
-    Contestant(
-        name="ponderlm2",
-        title="PonderLM-2",
-        flags=("--method", "ponderlm2"),
-        train_estimate_s=230,
-        evaluate_estimate_s=40,
-    ),
-    # With K = 3, as in the paper's comparison: four vanilla forwards each.
-    Contestant(
-        name="ponderlm",
-        title="PonderLM",
-        flags=("--method", "ponderlm", "--num-latent-thoughts", "3"),
-        train_estimate_s=200,
-        evaluate_estimate_s=30,
-    ),
-    Contestant(
-        name="loop",
-        title="loop",
-        flags=("--method", "loop", "--num-latent-thoughts", "3"),
-        train_estimate_s=130,
-        evaluate_estimate_s=25,
-    ),
-    Contestant(
-        name="pause",
-        title="pause",
-        flags=(
-            *("--method", "pause", "--num-latent-thoughts", "3"),
-            *("--pause-token-id", str(PAUSE_ID)),
-        ),
-        train_estimate_s=130,
-        evaluate_estimate_s=25,
-    ),
-)
-
-
-def chosen_contestants(methods: str) -> tuple[Contestant, ...]:
-    """Those that --methods names, in the order of CONTESTANTS.
-
-    Raises:
-        ConfigError: a name that is none of them, or no name.
-    """
-    by_name = {contestant.name: contestant for contestant in CONTESTANTS}
-    wanted = list(by_name) if methods == "all" else [m.strip() for m in methods.split(",")]
-    if unknown := [name for name in wanted if name not in by_name]:
-        raise ConfigError(
-            f"--methods {methods}: no method {', '.join(map(repr, unknown))} here. Give some of "
-            f"{','.join(by_name)}, or all."
-        )
-    return tuple(contestant for name, contestant in by_name.items() if name in wanted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +77,14 @@ class Files:
         """What tools/generate.py said."""
         return self.folder / f"{contestant.name}.sample.txt"
 
+    def export(self, contestant: Contestant) -> Path:
+        """The folder for transformers."""
+        return self.folder / f"{contestant.name}-huggingface"
+
+    def read_by_transformers(self, contestant: Contestant) -> Path:
+        """What huggingface.py said of the export."""
+        return self.folder / f"{contestant.name}-huggingface.json"
+
     def log(self, name: str) -> Path:
         """Command and result of a tool."""
         return self.folder / "logs" / f"{name}.log"
@@ -179,7 +117,10 @@ class Quickstart:
         for contestant in self._contestants:
             training = self._training_step(contestant, data[-1])
             trainings.append(training)
-            checks += self._check_steps(contestant, training)
+            evaluation, sample = self._check_steps(contestant, training)
+            checks += [evaluation, sample]
+            if contestant.name == EXPORTED:
+                checks += self._export_steps(contestant, evaluation)
         report = Step(
             name="report",
             title="loss curves and table",
@@ -281,6 +222,37 @@ class Quickstart:
             ),
         ]
 
+    def _export_steps(self, contestant: Contestant, evaluation: Step) -> list[Step]:
+        """Export one model, and read it without this package."""
+        files = self._files
+        folder, answer = files.export(contestant), files.read_by_transformers(contestant)
+        program = HERE / "huggingface.py"
+        flags = ["--model", str(folder), "--text", str(files.corpus("held_out"))]
+        seq_length = parse_args(
+            ["--config", str(self._options.config)], prog="quickstart"
+        ).data.seq_length
+        flags += ["--seq-length", str(seq_length), "--prompt", PROMPT, *SAMPLE_FLAGS]
+        export = Step(
+            name=f"export-{contestant.name}",
+            title=f"export {contestant.title} to Hugging Face",
+            estimate_s=15,
+            settings={},
+            after=[evaluation],
+            outputs=[folder],
+            run=lambda: self._export(contestant),
+        )
+        read = Step(
+            name=f"transformers-{contestant.name}",
+            title=f"evaluate the exported {contestant.title} with transformers alone",
+            estimate_s=60,
+            settings={"flags": [PROMPT, *SAMPLE_FLAGS]},
+            inputs=[program],
+            after=[export],
+            outputs=[answer],
+            run=lambda: self._read_export(contestant, [str(program), *flags]),
+        )
+        return [export, read]
+
     def _tool(self, name: str, arguments: Sequence[str]) -> str:
         """Run a command line of tools/."""
         script, *flags = arguments
@@ -322,6 +294,31 @@ class Quickstart:
         _write(output, text)
         return f"{len(text.split())} words"
 
+    def _export(self, contestant: Contestant) -> str:
+        """tools/convert_checkpoint.py."""
+        folder = self._files.export(contestant)
+        flags = ["--load", str(self._files.model(contestant)), "--hf-path", str(folder)]
+        output = self._tool(folder.name, ["convert_checkpoint.py", "export", *flags])
+        return output.strip().splitlines()[-1]
+
+    def _read_export(self, contestant: Contestant, arguments: Sequence[str]) -> str:
+        """huggingface.py, whose answer is kept, and must be that of tools/evaluate.py.
+
+        Raises:
+            PonderError: the losses differ.
+        """
+        answer = self._files.read_by_transformers(contestant)
+        line = self._evaluate(arguments, answer)
+        ours = json.loads(self._files.evaluation(contestant).read_text())["loss"]
+        difference = json.loads(answer.read_text())["loss"] - ours
+        if abs(difference) > SAME_LOSS:
+            answer.unlink()
+            raise PonderError(
+                f"transformers finds another loss than tools/evaluate.py, by {difference:.1e}, for "
+                f"{self._files.export(contestant)}. The export is wrong: please report it."
+            )
+        return f"{line}; the loss differs by {abs(difference):.1e}"
+
     def report(self) -> str:
         """What the last step wrote: table, comparison, samples, and where the rest is."""
         return self._files.report.read_text(encoding="utf-8")
@@ -344,7 +341,12 @@ class Quickstart:
             for contestant in self._contestants
         ]
         draw_curves(results, self._files.curves)
-        write_report(results, self._files.report)
+        exported = [
+            (c.title, self._files.evaluation(c), self._files.read_by_transformers(c))
+            for c in self._contestants
+            if c.name == EXPORTED
+        ]
+        write_report(results, exported, self._files.report)
         return f"{self._files.curves}, {self._files.report}"
 
 

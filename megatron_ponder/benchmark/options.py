@@ -1,9 +1,34 @@
 """Flags of tools/benchmark.py. Imports no torch: `--help` is instant."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
 
-from megatron_ponder.config.schema import TokenizerType
+import tyro
+
+from megatron_ponder import log
+from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.schema import RunConfig, TokenizerType
 from megatron_ponder.errors import ConfigError
+
+Options = TypeVar("Options")
+
+
+def parse(
+    kind: type[Options], command: str, arguments: Sequence[str], description: str | None
+) -> tuple[Options, RunConfig]:
+    """Flags of a command that takes the settings of a run besides; sets up the log.
+
+    Raises:
+        ConfigError: a flag that neither knows.
+    """
+    prog = f"tools/benchmark.py {command}"
+    options, settings = tyro.cli(
+        kind, prog=prog, description=description, args=arguments, return_unknown_args=True
+    )
+    config = parse_args(settings, prog=prog)
+    log.configure()  # before imports that warn
+    return options, config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,3 +129,37 @@ class PreprocessBenchmarkOptions:
             raise ConfigError("--workers: every number must be at least 1.")
         if self.tokenizer_type != "SentencePieceTokenizer" and self.tokenizer_model is None:
             raise ConfigError(f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateBenchmarkOptions:
+    """How much text is generated, how often."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    batch_size: int = 1
+    """Texts that are continued together."""
+    prompt_tokens: int = 512
+    """Tokens of each prompt."""
+    new_tokens: int = 64
+    """Tokens that are put behind each prompt with keys and values kept."""
+    recomputed_tokens: int = 4
+    """How many of them are also computed without: each takes as long as a prompt."""
+    rounds: int = 3
+    """Times that each side runs, in turns; medians are told."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: a number too small, or more tokens recomputed than there are.
+        """
+        for name in ("batch_size", "prompt_tokens", "new_tokens", "recomputed_tokens", "rounds"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)}: must be at least 1.")
+        if self.recomputed_tokens > self.new_tokens:
+            raise ConfigError(
+                f"--recomputed-tokens {self.recomputed_tokens}: must be at most --new-tokens "
+                f"{self.new_tokens}."
+            )

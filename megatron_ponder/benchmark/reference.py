@@ -35,8 +35,12 @@ def build_reference(config: RunConfig) -> "ReferenceModel":
         ConfigError: settings that the reference does not have.
     """
     shape, method = config.model, config.method
-    required: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-    required |= STOCK_SETTINGS[shape.architecture]
+    if shape.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"--architecture {shape.architecture}: the plain PyTorch reference has "
+            f"{', '.join(ARCHITECTURES)} only."
+        )
+    required = NOT_IN_REFERENCE | STOCK_SETTINGS[shape.architecture]
     problems = [
         f"--{name.replace('_', '-')} {getattr(shape, name)}: the plain PyTorch reference has "
         f"{value} only (architecture {shape.architecture})."
@@ -218,6 +222,17 @@ ARCHITECTURES: dict[str, type[ReferenceModel]] = {
     "gpt_neox": GptNeox,
     "gpt2": Gpt2,
 }
+
+NOT_IN_REFERENCE: dict[str, object] = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "add_qkv_bias": False,
+    "add_attention_bias": False,
+    "qk_layernorm": False,
+    "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None,
+}
+"""Settings that are off in every architecture here."""
 
 _LAYER_NORM_AND_BIASES = {"normalization": "LayerNorm", "add_bias_linear": True}
 STOCK_SETTINGS: dict[str, dict[str, object]] = {

@@ -17,6 +17,9 @@ SHAPE_SETTINGS = (
     "normalization",
     "activation",
     "add_bias_linear",
+    "add_qkv_bias",
+    "add_attention_bias",
+    "qk_layernorm",
     "parallel_residual",
     "untie_embeddings_and_output_weights",
 )

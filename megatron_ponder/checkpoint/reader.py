@@ -27,8 +27,13 @@ from megatron_ponder.checkpoint.comparison import (
 from megatron_ponder.checkpoint.optimizer_state import load_optimizer, optimizer_request
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.rng import reseed, restore_random_state
+from megatron_ponder.checkpoint.state import (
+    WEIGHTS_ONLY,
+    load_chunks,
+    model_state,
+    random_state_object,
+)
 from megatron_ponder.checkpoint.state import layout as layout_of
-from megatron_ponder.checkpoint.state import load_chunks, model_state, random_state_object
 from megatron_ponder.config.parse import config_from_flat_dict
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import CheckpointError, ConfigError
@@ -89,7 +94,8 @@ def load_checkpoint(
 ) -> Progress:
     """Put model, optimizer, schedule and random generators where `checkpoint` left them.
 
-    With --finetune only the weights are loaded. Settings of this run beat those of the checkpoint;
+    With --finetune only the weights are loaded, and of a checkpoint that was imported there is
+    nothing else. Settings of this run beat those of the checkpoint;
     the ones that differ are logged.
 
     Args:
@@ -108,7 +114,8 @@ def load_checkpoint(
     """
     stored = read_config(checkpoint)
     modules = [chunk.module for chunk in chunks]
-    if config.checkpoint.finetune:
+    plain = {} if config.checkpoint.finetune else _read_plain(checkpoint)
+    if config.checkpoint.finetune or plain.get(WEIGHTS_ONLY):
         load_weights(checkpoint, modules, config)
         optimizer.reload_model_params()
         logger.info("loaded weights of %s; everything else starts afresh", checkpoint)
@@ -116,7 +123,6 @@ def load_checkpoint(
     _check_shape(checkpoint, stored, config)
     for difference in other_differences(stored, config):
         logger.info("setting changed since the checkpoint: %s", difference)
-    plain = _read_plain(checkpoint)
     progress = Progress(**plain["progress"])
     if data is not None and progress.iteration < config.training.train_iters:
         _check_data(checkpoint, progress.data, data, config.checkpoint.override_data)

@@ -10,6 +10,8 @@ from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.runtime.distributed import Ranks
 
 RANDOM_STATE_KEY = "rng_state"
+WEIGHTS_ONLY = "weights_only"
+"""True in a checkpoint that was imported: the state before the first iteration."""
 
 
 def model_state(chunks: list[PonderGPTModel]) -> ShardedStateDict:

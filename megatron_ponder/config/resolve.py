@@ -71,7 +71,7 @@ def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None
         "min_lr": optim.lr / 10,
         "lr_decay_iters": decay_iters,
         "lr_warmup_iters": round(optim.lr_warmup_fraction * decay_iters),
-        "lr_wsd_decay_iters": decay_iters // 10,
+        "lr_wsd_decay_iters": max(decay_iters // 10, 1),
     }
     given = config.to_flat_dict()
     config = config.replaced(**{k: v for k, v in defaults.items() if given[k] is None})
@@ -103,6 +103,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "num_query_groups",
         "kv_channels",
         "max_position_embeddings",
+        "rope_scaling_original_max_position_embeddings",
         "vocab_size",
         "make_vocab_size_divisible_by",
         "tensor_model_parallel_size",
@@ -125,7 +126,6 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "lr_decay_iters",
         "lr_wsd_decay_iters",
         "save_interval",
-        "ckpt_step",
         "keep_checkpoints",
         "log_interval",
     ]
@@ -134,6 +134,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "num_jacobi_iterations",
         "min_jacobi_iterations",
         "pause_token_id",
+        "ckpt_step",
         "num_workers",
         "seed",
         "eval_interval",
@@ -158,9 +159,19 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     for name in ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= values[name] < 1:
             yield f"{flag_of(name)} {values[name]}: must be at least 0 and below 1."
-    for name in ("lr", "norm_epsilon", "adam_eps", "rotary_base", "rotary_percent"):
+    above_zero = ["lr", "norm_epsilon", "adam_eps", "rotary_base", "rotary_percent"]
+    if values["rotary_seq_len_interpolation_factor"] is not None:
+        above_zero.append("rotary_seq_len_interpolation_factor")
+    above_zero += [f"rope_scaling_{name}" for name in ("factor", "low_freq_factor")]
+    for name in above_zero:
         if not 0 < values[name] < math.inf:
             yield f"{flag_of(name)} {values[name]}: must be above 0."
+    low, high = values["rope_scaling_low_freq_factor"], values["rope_scaling_high_freq_factor"]
+    if not low < high:
+        yield (
+            f"--rope-scaling-low-freq-factor {low}: must be below --rope-scaling-high-freq-factor "
+            f"{high}."
+        )
     if not 0 <= values["lr_warmup_fraction"] <= 1:
         yield f"--lr-warmup-fraction {values['lr_warmup_fraction']}: must be from 0 to 1."
 
@@ -173,6 +184,14 @@ def _shape(model: ModelConfig) -> Iterator[str]:
         yield f"--hidden-size {model.hidden_size}: not a multiple of --num-attention-heads {heads}."
     if heads % groups:
         yield f"--num-attention-heads {heads}: not a multiple of --num-query-groups {groups}."
+    is_scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None
+    if is_scaled and model.position_embedding_type != "rope":
+        yield (
+            "--use-rope-scaling and --rotary-seq-len-interpolation-factor need "
+            "--position-embedding-type rope."
+        )
+    if model.use_rope_scaling and model.rotary_seq_len_interpolation_factor is not None:
+        yield "give either --use-rope-scaling or --rotary-seq-len-interpolation-factor, not both."
     if model.position_embedding_type == "rope":
         rotated = model.rotary_percent * model.kv_channels
         if model.rotary_percent > 1 or int(rotated) < 2 or int(rotated) % 2:

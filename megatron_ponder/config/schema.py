@@ -19,7 +19,7 @@ TokenizerType = Literal[
 class ModelConfig:
     """Shape of the transformer. A preset (--preset) fills these in; a flag beats it."""
 
-    architecture: Literal["llama", "gpt_neox", "gpt2"] = "llama"
+    architecture: Literal["llama", "gpt_neox", "gpt2", "mistral", "qwen2", "qwen3"] = "llama"
     """Family of the model: decides the weight names on export, and nothing else."""
     num_layers: int = 12
     """Number of transformer layers."""
@@ -41,6 +41,18 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rotary_percent: float = 1.0
     """Share of each head's channels that is rotated (Pythia: 0.25)."""
+    rotary_seq_len_interpolation_factor: float | None = None
+    """Divide rotary positions by this (linear scaling to longer sequences). None: do not."""
+    use_rope_scaling: bool = False
+    """Stretch slow rotary frequencies as Llama 3.1 does; the four settings below say how."""
+    rope_scaling_factor: float = 8.0
+    """Llama-3 scaling: by how much frequencies of long waves are divided."""
+    rope_scaling_low_freq_factor: float = 1.0
+    """Llama-3 scaling: waves longer than the original context divided by this are long."""
+    rope_scaling_high_freq_factor: float = 4.0
+    """Llama-3 scaling: waves shorter than the original context divided by this stay as they are."""
+    rope_scaling_original_max_position_embeddings: int = 8192
+    """Llama-3 scaling: the original context in tokens."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of every norm."""
     norm_epsilon: float = 1e-5
@@ -49,6 +61,13 @@ class ModelConfig:
     """MLP activation: gated SiLU (Llama), exact GELU (GPT-NeoX) or its tanh form (GPT-2)."""
     add_bias_linear: bool = False
     """Biases in every linear layer of the transformer block."""
+    add_qkv_bias: bool = False
+    """Biases in the projection to queries, keys and values (Qwen2), whatever --add-bias-linear."""
+    add_attention_bias: bool = False
+    """Biases in both projections of the attention, whatever --add-bias-linear (Llama's and Qwen3's
+    attention_bias)."""
+    qk_layernorm: bool = False
+    """Norm each head's queries and keys (Qwen3); of the kind --normalization names."""
     parallel_residual: bool = False
     """Attention and MLP both read the block's input: x + attn(norm1(x)) + mlp(norm2(x))."""
     untie_embeddings_and_output_weights: bool = True

@@ -14,9 +14,17 @@ from torch import Tensor
 from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.errors import ConversionError
+from megatron_ponder.model.size import linear_biases
 
 Join = Callable[[list[Tensor], ModelConfig], Tensor]
 Split = Callable[[Tensor, ModelConfig], list[Tensor]]
+Condition = Callable[[ModelConfig], bool]
+
+OUTPUT_LAYER = "output_layer.weight"
+
+
+def _always(model: ModelConfig) -> bool:
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +35,8 @@ class Rule:
     theirs: tuple[str, ...]
     join: Join
     split: Split
+    when: Condition = _always
+    """Whether a model has the parameter."""
 
 
 def to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -40,8 +50,10 @@ def to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Te
         ConversionError: a tensor is missing, superfluous or has another shape than the rule needs.
     """
     result = {}
-    unused = set(state) - set(REPEATED_TENSORS[model.architecture])
-    for rule in _rules_of(model):
+    unused = set(state)
+    if not model.untie_embeddings_and_output_weights:
+        unused.discard(HEADS[model.architecture])
+    for rule in rules_of(model):
         missing = [name for name in rule.theirs if name not in state]
         if missing:
             raise ConversionError(
@@ -64,22 +76,30 @@ def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
     A tied head is not repeated.
     """
     result: dict[str, Tensor] = {}
-    for rule in _rules_of(model):
+    for rule in rules_of(model):
         result.update(zip(rule.theirs, rule.split(state[rule.ours], model), strict=True))
     return result
 
 
-def _rules_of(model: ModelConfig) -> list[Rule]:
-    """The rules of a model with layer numbers filled in, without a head if it is tied."""
-    rules = []
-    for rule in RULES[model.architecture]:
-        if rule.ours == "output_layer.weight" and not model.untie_embeddings_and_output_weights:
-            continue
-        numbers = range(model.num_layers) if "{i}" in rule.ours else (0,)
-        for i in numbers:
-            names = tuple(name.format(i=i) for name in rule.theirs)
-            rules.append(dataclasses.replace(rule, ours=rule.ours.format(i=i), theirs=names))
-    return rules
+def rules_of(model: ModelConfig) -> list[Rule]:
+    """The rules of a model, layer numbers filled in, in the order of the layers.
+
+    Without a head if it is tied.
+    """
+    rules = [rule for rule in RULES[model.architecture] if rule.when(model)]
+    of_layers = [rule for rule in rules if "{i}" in rule.ours]
+    first = rules.index(of_layers[0])
+    behind = rules[first + len(of_layers) :]
+    if not model.untie_embeddings_and_output_weights:
+        behind = [rule for rule in behind if rule.ours != OUTPUT_LAYER]
+    filled = [
+        dataclasses.replace(
+            rule, ours=rule.ours.format(i=i), theirs=tuple(name.format(i=i) for name in rule.theirs)
+        )
+        for i in range(model.num_layers)
+        for rule in of_layers
+    ]
+    return [*rules[:first], *filled, *behind]
 
 
 def _pad_vocab(parts: list[Tensor], model: ModelConfig) -> Tensor:
@@ -123,8 +143,8 @@ def _split_qkv(weight: Tensor, model: ModelConfig) -> list[Tensor]:
     return [part.reshape(-1, *rest).contiguous() for part in by_group.split((queries, 1, 1), dim=1)]
 
 
-def _same(ours: str, theirs: str) -> Rule:
-    return Rule(ours, (theirs,), lambda parts, _: parts[0], lambda weight, _: [weight])
+def _same(ours: str, theirs: str, when: Condition = _always) -> Rule:
+    return Rule(ours, (theirs,), lambda parts, _: parts[0], lambda weight, _: [weight], when)
 
 
 def _transposed(ours: str, theirs: str) -> Rule:
@@ -164,34 +184,86 @@ _LLAMA_LAYER = "model.layers.{i}"
 _NEOX_LAYER = "gpt_neox.layers.{i}"
 _GPT2_LAYER = "transformer.h.{i}"
 
-RULES: dict[str, list[Rule]] = {
-    "llama": [
-        _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+
+def _has_qkv_bias(model: ModelConfig) -> bool:
+    return linear_biases(model)[0]
+
+
+def _has_projection_bias(model: ModelConfig) -> bool:
+    return linear_biases(model)[1]
+
+
+def _has_mlp_bias(model: ModelConfig) -> bool:
+    return linear_biases(model)[2]
+
+
+def _has_head_norms(model: ModelConfig) -> bool:
+    return model.qk_layernorm
+
+
+def _llama_qkv(part: str, when: Condition = _always) -> Rule:
+    """Q, K and V apart; the same for weight and bias."""
+    return Rule(
+        f"{_OUR_LAYER}.self_attention.linear_qkv.{part}",
+        tuple(f"{_LLAMA_LAYER}.self_attn.{p}_proj.{part}" for p in "qkv"),
+        _join_qkv,
+        _split_qkv,
+        when,
+    )
+
+
+def _llama_gate_and_up(part: str, when: Condition = _always) -> Rule:
+    """Gate above up projection; the same for weight and bias."""
+    return Rule(
+        f"{_OUR_LAYER}.mlp.linear_fc1.{part}",
+        tuple(f"{_LLAMA_LAYER}.mlp.{p}_proj.{part}" for p in ("gate", "up")),
+        lambda parts, _: torch.cat(parts),
+        lambda weight, _: [half.contiguous() for half in weight.chunk(2)],
+        when,
+    )
+
+
+def _llama_layer() -> list[Rule]:
+    """A layer of Llama and of those that have its names: Mistral, Qwen2 and Qwen3."""
+    attention, mlp = f"{_OUR_LAYER}.self_attention", f"{_OUR_LAYER}.mlp"
+    their_attention, their_mlp = f"{_LLAMA_LAYER}.self_attn", f"{_LLAMA_LAYER}.mlp"
+    return [
         _same(f"{_OUR_LAYER}.input_layernorm.weight", f"{_LLAMA_LAYER}.input_layernorm.weight"),
-        Rule(
-            f"{_OUR_LAYER}.self_attention.linear_qkv.weight",
-            tuple(f"{_LLAMA_LAYER}.self_attn.{p}_proj.weight" for p in "qkv"),
-            _join_qkv,
-            _split_qkv,
+        _llama_qkv("weight"),
+        _llama_qkv("bias", _has_qkv_bias),
+        *(
+            _same(
+                f"{attention}.{p}_layernorm.weight",
+                f"{their_attention}.{p}_norm.weight",
+                _has_head_norms,
+            )
+            for p in "qk"
         ),
+        _same(f"{attention}.linear_proj.weight", f"{their_attention}.o_proj.weight"),
         _same(
-            f"{_OUR_LAYER}.self_attention.linear_proj.weight",
-            f"{_LLAMA_LAYER}.self_attn.o_proj.weight",
+            f"{attention}.linear_proj.bias", f"{their_attention}.o_proj.bias", _has_projection_bias
         ),
         _same(
             f"{_OUR_LAYER}.pre_mlp_layernorm.weight",
             f"{_LLAMA_LAYER}.post_attention_layernorm.weight",
         ),
-        Rule(
-            f"{_OUR_LAYER}.mlp.linear_fc1.weight",
-            (f"{_LLAMA_LAYER}.mlp.gate_proj.weight", f"{_LLAMA_LAYER}.mlp.up_proj.weight"),
-            lambda parts, _: torch.cat(parts),
-            lambda weight, _: [half.contiguous() for half in weight.chunk(2)],
-        ),
-        _same(f"{_OUR_LAYER}.mlp.linear_fc2.weight", f"{_LLAMA_LAYER}.mlp.down_proj.weight"),
-        _same("final_norm.weight", "model.norm.weight"),
-        _vocabulary("output_layer.weight", "lm_head.weight"),
-    ],
+        _llama_gate_and_up("weight"),
+        _llama_gate_and_up("bias", _has_mlp_bias),
+        _same(f"{mlp}.linear_fc2.weight", f"{their_mlp}.down_proj.weight"),
+        _same(f"{mlp}.linear_fc2.bias", f"{their_mlp}.down_proj.bias", _has_mlp_bias),
+    ]
+
+
+_LLAMA = [
+    _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+    *_llama_layer(),
+    _same("final_norm.weight", "model.norm.weight"),
+    _vocabulary(OUTPUT_LAYER, "lm_head.weight"),
+]
+_LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+
+RULES: dict[str, list[Rule]] = {
+    **dict.fromkeys(_LLAMA_FAMILY, _LLAMA),
     # GPT-NeoX keeps each head's query, key and value together, as megatron-core does.
     "gpt_neox": [
         _vocabulary("embedding.word_embeddings.weight", "gpt_neox.embed_in.weight"),
@@ -204,7 +276,7 @@ RULES: dict[str, list[Rule]] = {
         *_both(f"{_OUR_LAYER}.mlp.linear_fc1", f"{_NEOX_LAYER}.mlp.dense_h_to_4h"),
         *_both(f"{_OUR_LAYER}.mlp.linear_fc2", f"{_NEOX_LAYER}.mlp.dense_4h_to_h"),
         *_both("final_norm", "gpt_neox.final_layer_norm"),
-        _vocabulary("output_layer.weight", "embed_out.weight"),
+        _vocabulary(OUTPUT_LAYER, "embed_out.weight"),
     ],
     "gpt2": [
         _vocabulary("embedding.word_embeddings.weight", "transformer.wte.weight"),
@@ -218,13 +290,21 @@ RULES: dict[str, list[Rule]] = {
         *_both(f"{_OUR_LAYER}.mlp.linear_fc1", f"{_GPT2_LAYER}.mlp.c_fc", _transposed),
         *_both(f"{_OUR_LAYER}.mlp.linear_fc2", f"{_GPT2_LAYER}.mlp.c_proj", _transposed),
         *_both("final_norm", "transformer.ln_f"),
-        _vocabulary("output_layer.weight", "lm_head.weight"),
+        _vocabulary(OUTPUT_LAYER, "lm_head.weight"),
     ],
 }
 
-REPEATED_TENSORS: dict[str, tuple[str, ...]] = {
-    "llama": (),
-    "gpt_neox": (),
-    "gpt2": ("lm_head.weight",),
+BASE_PREFIXES: dict[str, str] = {
+    **dict.fromkeys(_LLAMA_FAMILY, "model."),
+    "gpt_neox": "gpt_neox.",
+    "gpt2": "transformer.",
 }
-"""Tensors that a checkpoint may carry a second time under another name."""
+"""What names of all weights but the head start with; files of a model without its head lack it."""
+
+HEADS: dict[str, str] = {
+    architecture: rule.theirs[0]
+    for architecture, rules in RULES.items()
+    for rule in rules
+    if rule.ours == OUTPUT_LAYER
+}
+"""The output layer, which a checkpoint with tied embeddings may repeat."""

@@ -241,7 +241,7 @@ def _read_table(source: Source, keys: tuple[str, ...]) -> Iterator[Segment]:
                 rows = [tuple(zip(present, row, strict=True)) for row in zip(*columns, strict=True)]
                 yield Segment("rows", source.name, line, rows)
                 line += len(rows)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns too
         raise source.error(f"damaged or not a Parquet file ({error})") from None
     if line - 1 != num_rows:
         raise source.error(f"{line - 1} rows were read, but it says it has {num_rows}")

@@ -62,14 +62,16 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
         )
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "tokenizer.json", exported.to_str())
+    end = model.id_to_piece(model.eos_id())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": model.id_to_piece(model.eos_id()),
+        # In training a document follows the end of another, and no piece of its own begins it.
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
         "unk_token": model.id_to_piece(model.unk_id()),
         "clean_up_tokenization_spaces": False,
     }
-    if model.bos_id() >= 0:
-        config["bos_token"] = model.id_to_piece(model.bos_id())
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 
 

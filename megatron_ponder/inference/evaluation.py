@@ -1,16 +1,17 @@
 """Scores text with a trained model: loss, perplexity and bits per byte; or dumps its logits.
 
 The text is one stream of ids, documents packed and ended as in training, that starts behind the
-end of a document. It is cut into windows of `seq_length` tokens that do not overlap, so that every
-token is predicted exactly once, from what stands before it in its window. The forward is the
-training path in evaluation mode. Left out: overlapping windows, and tasks.
+end of a document. It is cut into windows of `seq_length` tokens; every token is predicted exactly
+once, from what stands before it in its window. Windows do not overlap unless a stride says so. The
+forward is the training path in evaluation mode, with one R or several. Left out: tasks.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import ConfigError, DataError
 from megatron_ponder.inference.loading import LoadedModel, loaded_model
 from megatron_ponder.inference.options import EvaluateOptions
+from megatron_ponder.ponder.plan import PassPlan
 from megatron_ponder.runtime.distributed import is_rank_zero
 
 
@@ -49,7 +51,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         PonderError: the checkpoint, the data or the options cannot be used.
     """
-    with loaded_model(options.checkpoint) as loaded:
+    iterations = tuple(dict.fromkeys(options.num_jacobi_iterations))
+    with loaded_model(options.checkpoint, iterations[0] if iterations else None) as loaded:
         config = loaded.config
         result: dict[str, Any] = {
             "checkpoint": str(loaded.checkpoint),
@@ -61,57 +64,104 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         if options.token_ids is not None:
             return result | _dump_logits(loaded, options)
         stream = _read_stream(loaded, options)
-        return result | _score(loaded, stream, options)
+        if len(iterations) <= 1:
+            plans = [loaded.plan]
+        else:
+            plans = [loaded.model.method.plan(r) for r in iterations]
+        common, rows = _score(loaded, stream, plans, options)
+        if len(rows) == 1:
+            return result | rows[0] | common
+        del result["num_jacobi_iterations"]
+        by_r = [{"num_jacobi_iterations": r} | row for r, row in zip(iterations, rows, strict=True)]
+        return result | {"by_r": by_r} | common
 
 
-def windows(ids: Tensor, seq_length: int, micro_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of windows that do not overlap; a shorter last one comes alone.
+def windows(
+    ids: Tensor, seq_length: int, micro_batch_size: int, stride: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of windows; those of other sizes (the last, or the first of a stride) come alone.
 
     Args:
         ids: int64 [n + 1].
         seq_length: tokens per window.
         micro_batch_size: windows per batch.
+        stride: tokens from the begin of a window to that of the next, at most `seq_length`; None:
+            `seq_length`.
 
     Yields:
-        `tokens` and `labels`, int64 [b, s]; together the labels are `ids[1:]`, each once.
+        `tokens` int64 [b, s], and the `labels` of their last l tokens, int64 [b, l]; together the
+        labels are `ids[1:]`, each once.
     """
-    num_predicted = ids.numel() - 1
-    whole = num_predicted // seq_length * seq_length
     tokens, labels = ids[:-1], ids[1:]
-    # [whole] -> [windows, s]
-    batches = zip(
-        tokens[:whole].view(-1, seq_length).split(micro_batch_size),
-        labels[:whole].view(-1, seq_length).split(micro_batch_size),
-        strict=True,
-    )
-    if whole:
-        yield from batches
-    if whole < num_predicted:
-        yield tokens[whole:].unsqueeze(0), labels[whole:].unsqueeze(0)
+
+    def sizes(span: tuple[int, int, int]) -> tuple[int, int]:
+        begin, first_scored, end = span
+        return end - begin, end - first_scored
+
+    spans = _spans(tokens.numel(), seq_length, stride or seq_length)
+    for _, alike in itertools.groupby(spans, key=sizes):
+        while batch := list(itertools.islice(alike, micro_batch_size)):
+            yield (
+                torch.stack([tokens[begin:end] for begin, _, end in batch]),
+                torch.stack([labels[first_scored:end] for _, first_scored, end in batch]),
+            )
 
 
-def _score(loaded: LoadedModel, stream: Stream, options: EvaluateOptions) -> dict[str, Any]:
-    """Loss of a stream, and what follows from it."""
+def _spans(num_tokens: int, seq_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Begin, first token that is scored, and end of each window."""
+    begin = end = 0
+    while end < num_tokens:
+        first_scored, end = end, min(begin + seq_length, num_tokens)
+        yield begin, first_scored, end
+        begin += stride
+
+
+def _score(
+    loaded: LoadedModel, stream: Stream, plans: Sequence[PassPlan], options: EvaluateOptions
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What holds for all plans, and the figures of each."""
     seq_length = options.seq_length or loaded.config.data.seq_length
     _check_length(loaded, seq_length, "--seq-length")
+    stride = options.stride or seq_length
+    if stride > seq_length:
+        raise ConfigError(
+            f"--stride {stride}: must be at most the {seq_length} tokens of a window, or tokens "
+            "would be left out."
+        )
     num_tokens = stream.ids.numel() - 1
-    loss_sum = 0.0
+    loss_sums = [0.0] * len(plans)
     start_s = time.monotonic()
     with log.progress(total=num_tokens, description="evaluating", unit=" tokens") as bar:
-        for tokens, labels in windows(stream.ids, seq_length, options.micro_batch_size):
-            loss_sum += float(loaded.token_losses(tokens, labels).double().sum())
-            bar.update(tokens.numel())
-    loss = loss_sum / num_tokens
-    bits = loss_sum / math.log(2)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": bits / stream.num_bytes if stream.num_bytes else None,
+        batches = windows(stream.ids, seq_length, options.micro_batch_size, stride)
+        for tokens, labels in batches:
+            for number, losses in enumerate(loaded.token_losses(tokens, labels, plans)):
+                loss_sums[number] += float(losses.double().sum())
+            bar.update(labels.numel())
+    common = {
         "num_tokens": num_tokens,
         "num_bytes": stream.num_bytes,
         "seq_length": seq_length,
+        "stride": stride,
         "tokens_per_s": num_tokens / (time.monotonic() - start_s),
     }
+    return common, [figures(loss_sum, num_tokens, stream.num_bytes) for loss_sum in loss_sums]
+
+
+def figures(loss_sum: float, num_tokens: int, num_bytes: int | None) -> dict[str, float | None]:
+    """A loss in nats, summed over a text, per token and per byte."""
+    loss = loss_sum / num_tokens
+    loss_per_byte = loss_sum / num_bytes if num_bytes else None
+    return {
+        "loss": loss,
+        "perplexity": _exponential(loss),
+        "bits_per_byte": None if loss_per_byte is None else loss_per_byte / math.log(2),
+        "byte_perplexity": None if loss_per_byte is None else _exponential(loss_per_byte),
+    }
+
+
+def _exponential(loss: float) -> float:
+    """e^loss, where that is a number."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _read_stream(loaded: LoadedModel, options: EvaluateOptions) -> Stream:
@@ -209,13 +259,7 @@ def _write_array(path: Path, array: numpy.ndarray) -> None:
 
 def _check_length(loaded: LoadedModel, seq_length: int, source: str) -> None:
     """Refuse windows longer than a table of learned positions."""
-    model = loaded.config.model
-    assert model.max_position_embeddings is not None
-    if (
-        model.position_embedding_type == "learned_absolute"
-        and seq_length > model.max_position_embeddings
-    ):
+    if loaded.max_tokens is not None and seq_length > loaded.max_tokens:
         raise ConfigError(
-            f"{source} {seq_length}: longer than the model's {model.max_position_embeddings} "
-            "learned positions."
+            f"{source} {seq_length}: longer than the model's {loaded.max_tokens} learned positions."
         )

@@ -2,34 +2,29 @@
 
 The checkpoint says everything about the model. It may have been saved by any layout; it is read by
 one process, or under torchrun by ranks that all share each layer's weights (tensor parallelism): a
-model that is only read needs no other layout here. Left out: keeping keys and values between
-forwards, and Hugging Face folders.
+model that is only read needs no other layout here. Left out: Hugging Face folders.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_ponder.checkpoint.reader import load_weights, locate, read_config
 from megatron_ponder.config.resolve import resolve
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.schema import BackendConfig, RunConfig
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ponder.errors import ConfigError, DataError
+from megatron_ponder.errors import DataError
+from megatron_ponder.inference.logits import whole_logits
 from megatron_ponder.inference.options import CheckpointOptions
 from megatron_ponder.model.build import build_model
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
-from megatron_ponder.ponder.plan import PassPlan
+from megatron_ponder.ponder.plan import Pass, PassPlan
 from megatron_ponder.runtime.device import device
-from megatron_ponder.runtime.distributed import (
-    running,
-    tensor_parallel_group,
-    world_size_from_environment,
-)
+from megatron_ponder.runtime.distributed import running, world_size_from_environment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +46,39 @@ class LoadedModel:
         assert self.config.model.vocab_size is not None
         return self.config.model.vocab_size
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest text that the model has positions for; None: there is no limit."""
+        is_table = self.config.model.position_embedding_type == "learned_absolute"
+        return self.config.model.max_position_embeddings if is_table else None
+
     @torch.no_grad()
-    def token_losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of each token in nats, fp32 [b, s], the same on all ranks.
+    def token_losses(
+        self, tokens: Tensor, labels: Tensor, plans: Sequence[PassPlan]
+    ) -> list[Tensor]:
+        """Cross entropy of the last tokens in nats, fp32 [b, l] per plan, the same on all ranks.
+
+        Passes that plans begin with in common run once.
 
         Args:
             tokens: int64 [b, s].
-            labels: int64 [b, s], the token after each.
+            labels: int64 [b, l], the token after each of the last l; l <= s.
+            plans: the passes of a forward each.
         """
-        return self.model(tokens.to(device()), labels.to(device()), self.plan)
+        labels = labels.to(device())
+        embeddings = self.model.embed(tokens.to(device()))
+        handed_on: dict[tuple[tuple[Pass, ...], bool], Tensor] = {}
+        losses = []
+        for plan in plans:
+            carry: Tensor | None = None
+            for pass_ in plan.passes:
+                done = plan.passes[: pass_.index + 1], plan.is_last(pass_)
+                if done not in handed_on:
+                    handed_on[done] = self.model.run_pass(pass_, plan, embeddings, carry)
+                carry = handed_on[done]
+            assert carry is not None
+            losses.append(self.model.compute_output(carry[-labels.size(1) :], labels))
+        return losses
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -68,9 +87,7 @@ class LoadedModel:
         Args:
             tokens: int64 [b, s].
         """
-        local = self.model(tokens.to(device()), None, self.plan).contiguous()
-        whole = gather_from_tensor_model_parallel_region(local, group=tensor_parallel_group())
-        return whole[..., : self.vocab_size].float()
+        return whole_logits(self.model, self.model.run_passes(tokens.to(device()), self.plan))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the training run.
@@ -102,15 +119,21 @@ class LoadedModel:
 
 
 @contextlib.contextmanager
-def loaded_model(options: CheckpointOptions) -> Iterator[LoadedModel]:
+def loaded_model(
+    options: CheckpointOptions, num_jacobi_iterations: int | None = None
+) -> Iterator[LoadedModel]:
     """A model on this process or on all ranks of torchrun; process groups end with the block.
+
+    Args:
+        options: which.
+        num_jacobi_iterations: R of its plan; None: the checkpoint's.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
         ConfigError: the number of ranks does not divide the model, or R is negative.
     """
     checkpoint = locate(Path(options.load), options.ckpt_step)
-    config = _for_this_layout(read_config(checkpoint), options)
+    config = _for_this_layout(read_config(checkpoint), options, num_jacobi_iterations)
     with running(config.parallel, config.training.seed):
         model = build_model(config)
         load_weights(checkpoint, [model], config)
@@ -123,15 +146,18 @@ def loaded_model(options: CheckpointOptions) -> Iterator[LoadedModel]:
         )
 
 
-def _for_this_layout(config: RunConfig, options: CheckpointOptions) -> RunConfig:
-    """The training run's config with all ranks sharing each layer, and what the options change."""
-    changes: dict[str, object] = {}
-    if options.num_jacobi_iterations is not None:
-        if options.num_jacobi_iterations < 0:
-            raise ConfigError(
-                f"--num-jacobi-iterations {options.num_jacobi_iterations}: must be at least 0."
-            )
-        changes["num_jacobi_iterations"] = options.num_jacobi_iterations
+def _for_this_layout(
+    config: RunConfig, options: CheckpointOptions, num_jacobi_iterations: int | None
+) -> RunConfig:
+    """The training run's config with all ranks sharing each layer, and what the options change.
+
+    By which libraries a run computed does not matter to a model that is read, maybe elsewhere; and
+    the cache of a generation is our attention's.
+    """
+    backend = BackendConfig(attention_backend="sdpa")
+    changes: dict[str, object] = dataclasses.asdict(backend)
+    if num_jacobi_iterations is not None:
+        changes["num_jacobi_iterations"] = num_jacobi_iterations
     if options.tokenizer_model is not None:
         changes["tokenizer_model"] = options.tokenizer_model
     world_size = world_size_from_environment()

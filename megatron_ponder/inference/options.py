@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import tyro
+
 from megatron_ponder.errors import ConfigError
 
 
@@ -14,8 +16,6 @@ class CheckpointOptions:
     process, or under torchrun by as many as share each layer's weights."""
     ckpt_step: int | None = None
     """Load this iteration instead of the latest."""
-    num_jacobi_iterations: int | None = None
-    """R of every forward. None: the checkpoint's (not the random one of its training)."""
     tokenizer_model: str | None = None
     """Path of the tokenizer. None: where it was during training."""
 
@@ -34,8 +34,15 @@ class EvaluateOptions:
     """A .npy file of integers [B, L]: rows that stand alone. Needs --dump-logits."""
     dump_logits: str | None = None
     """The .npy file to write for --token-ids: logits [B, L, V], fp32, without padded columns."""
+    num_jacobi_iterations: tuple[int, ...] = ()
+    """R of the forward; several give figures for each, in little more time than the largest alone.
+    None: the checkpoint's (not the random one of its training)."""
     seq_length: int | None = None
     """Tokens per window. None: as in training."""
+    stride: int | None = None
+    """Tokens between the beginnings of two windows, of which only the last so many tokens are
+    scored: all but the first have at least seq_length - stride tokens before them. None: windows
+    do not overlap."""
     micro_batch_size: int = 8
     """Windows per forward; changes speed and memory only."""
     max_tokens: int | None = None
@@ -52,10 +59,13 @@ class EvaluateOptions:
             raise ConfigError("give exactly one of --data-path, --text-file and --token-ids.")
         if bool(self.token_ids) != bool(self.dump_logits):
             raise ConfigError("--token-ids and --dump-logits go together: give both or neither.")
-        for name in ("seq_length", "micro_batch_size", "max_tokens"):
+        for name in ("seq_length", "stride", "micro_batch_size", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+        _check_iterations(*self.num_jacobi_iterations)
+        if self.dump_logits and len(self.num_jacobi_iterations) > 1:
+            raise ConfigError("--dump-logits writes the logits of one --num-jacobi-iterations.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,5 +107,37 @@ class GenerateOptions:
     """The model."""
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     """The choice of each token."""
-    prompt: str
-    """Text to continue. Empty: a new document."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; again for more texts. Empty: a new document."""
+    prompt_file: str | None = None
+    """Texts to continue, instead of --prompt: one per line; or, in a .jsonl file, an object with a
+    "prompt" (or "text") per line. Empty lines are left out."""
+    num_jacobi_iterations: int | None = None
+    """R of the prompt's thoughts (without a cache: of all). None: the checkpoint's."""
+    use_cache: bool = True
+    """Keep keys and values, thoughts included. Otherwise every new token computes the training
+    forward over the whole text: slow, and for ponderlm2 not quite the same."""
+    micro_batch_size: int = 8
+    """Texts that are continued together; changes speed and memory only."""
+    json: bool = False
+    """Print one JSON object at the end instead of texts as they come."""
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ConfigError: no text, or two sources; a value out of its range.
+        """
+        if bool(self.prompt) == (self.prompt_file is not None):
+            raise ConfigError("give either --prompt (as often as you like) or --prompt-file.")
+        if self.micro_batch_size < 1:
+            raise ConfigError(f"--micro-batch-size {self.micro_batch_size}: must be at least 1.")
+        if self.num_jacobi_iterations is not None:
+            _check_iterations(self.num_jacobi_iterations)
+
+
+def _check_iterations(*numbers: int) -> None:
+    """Refuse a negative R."""
+    for number in numbers:
+        if number < 0:
+            raise ConfigError(f"--num-jacobi-iterations {number}: must be at least 0.")

@@ -5,11 +5,14 @@ CUDA generator. This one runs on every device and lets torch choose the kernel. 
 of stages or thoughts; what slots of a token share is in the rotary table.
 
 Under context parallelism a rank has the queries of two chunks of the sequence and gathers the keys
-and values of all; each chunk attends to what lies before it.
+and values of all; each chunk attends to what lies before it. During generation a cache
+(`model.cache`) puts the keys and values of earlier slots before those that are given.
 """
 
+import copy
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from megatron_ponder.kernels.rotary import split_and_rotate
+from megatron_ponder.model.cache import KeyValueCache
 from megatron_ponder.model.context_parallel import chunks_of, gather_sequence
 from megatron_ponder.model.stages import keep_stages
 
@@ -49,6 +53,9 @@ class SdpaCoreAttention(torch.nn.Module):
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.layer_number = layer_number
+        self.cache: KeyValueCache | None = None
+        """Of the generation that is going on."""
 
     def forward(
         self,
@@ -75,6 +82,8 @@ class SdpaCoreAttention(torch.nn.Module):
             [s, b, heads * d].
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        if self.cache is not None:
+            return self._attend(query, *self.cache.extend(self.layer_number, key, value))
         if self.cp_group is None:
             return self._attend(query, key, value)
         d = key.size(-1)
@@ -89,14 +98,17 @@ class SdpaCoreAttention(torch.nn.Module):
             ]
         )
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | CausalBias | None = None
+    ) -> Tensor:
         """Causal attention of the last slots of a sequence: [q, b, heads, d] -> [q, b, heads * d].
 
-        Key and value are [k, b, groups, d], k >= q; the last query is at the last key.
+        Key and value are [k, b, groups, d], k >= q. The last query is at the last key, unless a
+        mask [b, 1, q, k] says which keys each query sees.
         """
         s, b, heads, d = query.shape
-        mask: CausalBias | None = None
-        if key.size(0) > s:
+        # The last slot sees everything and needs no mask.
+        if mask is None and 1 < s < key.size(0):
             mask = causal_lower_right(s, key.size(0))
         # [s, b, heads, d] -> [b, heads, s, d], a view
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
@@ -110,7 +122,7 @@ class SdpaCoreAttention(torch.nn.Module):
                 value,
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=mask is None,
+                is_causal=mask is None and s > 1,
                 scale=self.softmax_scale,
                 enable_gqa=key.size(1) < heads,
             )
@@ -123,7 +135,21 @@ class RotarySelfAttention(SelfAttention):
 
     megatron-core's own forward computes cosines and sines in every layer and serves caches, flash
     decoding and packed sequences besides.
+
+    Args:
+        config: megatron-core's config.
+        add_attention_bias: biases in both projections, where the config has none anywhere.
+        arguments: the base class's.
     """
+
+    def __init__(
+        self, config: TransformerConfig, *, add_attention_bias: bool = False, **arguments: Any
+    ) -> None:
+        if add_attention_bias:
+            # megatron-core has one switch for the biases of attention and MLP.
+            config = copy.copy(config)
+            config.add_bias_linear = True
+        super().__init__(config, **arguments)
 
     def forward(
         self,
@@ -149,6 +175,8 @@ class RotarySelfAttention(SelfAttention):
             query, key, value = self.get_query_key_value_tensors(hidden_states)
         else:
             mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+            if self.q_layernorm is not None:
+                mixed = self._norm_heads(mixed)
             query, key, value = split_and_rotate(
                 mixed, rotary_pos_emb, self.hidden_size_per_attention_head
             )
@@ -156,3 +184,11 @@ class RotarySelfAttention(SelfAttention):
             query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.causal
         )
         return self.linear_proj(keep_stages(context, attention_mask))
+
+    def _norm_heads(self, mixed: Tensor) -> Tensor:
+        """Queries and keys normed, each head by itself: [slots, b, groups, (n + 2) * d], both."""
+        # [slots, b, groups, (n + 2) * d] -> [slots, b, groups, n + 2, d]
+        by_head = mixed.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+        query, key, value = by_head.split((by_head.size(-2) - 2, 1, 1), dim=-2)
+        normed = (self.q_layernorm(query), self.k_layernorm(key), value)
+        return torch.cat(normed, dim=-2).flatten(-2)

@@ -83,15 +83,21 @@ class PonderEmbedding(MegatronModule):
             embeddings = self._dropout(embeddings)
         return embeddings
 
-    def add_positions(self, slots: Tensor, num_stages: int) -> Tensor:
+    def add_positions(
+        self, slots: Tensor, num_stages: int, positions: Tensor | None = None
+    ) -> Tensor:
         """Add to every slot the learned position of its token; nothing if positions are rotary.
 
         Args:
             slots: [s * num_stages, b, h], interleaved (this rank's shard).
             num_stages: slots per token.
+            positions: int64 [b] where there is one token per row: its place in the row's text.
+                None: the tokens are all of the text.
         """
         if self.position_embeddings is None:
             return slots
+        if positions is not None:
+            return slots + self.position_embeddings.weight[positions]
         return self.position_embeddings(slots, num_stages)
 
     def _dropout(self, embeddings: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ for builds of flash-attn that are newer than torch's copy. Has not run yet: no G
 
 from megatron.core import tensor_parallel
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from megatron_ponder.model.attention import SdpaCoreAttention
 
@@ -13,10 +14,13 @@ from megatron_ponder.model.attention import SdpaCoreAttention
 class FlashCoreAttention(SdpaCoreAttention):
     """As the base class, by flash_attn_func."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As the base class; with fewer queries than keys the last of both are aligned."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | CausalBias | None = None
+    ) -> Tensor:
+        """As the base class, without masks: models that are only read run on torch's attention."""
         from flash_attn import flash_attn_func
 
+        assert mask is None
         s, b, heads, d = query.shape
         # [s, b, heads, d] -> [b, s, heads, d], views
         batch_first = [t.transpose(0, 1) for t in (query, key, value)]

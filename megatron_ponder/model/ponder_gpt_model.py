@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_ponder.config.layout import padded_vocab_size
 from megatron_ponder.config.schema import ModelConfig
 from megatron_ponder.kernels.rotary import rotary_table
+from megatron_ponder.model.cache import NewTokens
 from megatron_ponder.model.context_parallel import local_shard
 from megatron_ponder.model.embedding import (
     PonderEmbedding,
@@ -40,6 +41,7 @@ from megatron_ponder.model.mixture import mix_embeddings
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.output_layer import OutputLayer
 from megatron_ponder.model.padded_vocab import mask_padded_columns
+from megatron_ponder.model.rotary_frequencies import build_rotary_embedding
 from megatron_ponder.model.stages import kept_stages
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.plan import Pass, PassPlan
@@ -110,12 +112,7 @@ class PonderGPTModel(LanguageModule):
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if not has_learned_positions:
-            self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=config.kv_channels,
-                rotary_percent=shape.rotary_percent,
-                rotary_base=shape.rotary_base,
-                cp_group=pg_collection.cp,
-            )
+            self.rotary_pos_emb = build_rotary_embedding(shape, pg_collection)
         # The final norm is the model's: whether it runs, and on which slots, differs by pass.
         self.decoder = TransformerBlock(
             config=config,
@@ -169,12 +166,16 @@ class PonderGPTModel(LanguageModule):
             With labels the cross entropy of each token, fp32 [b, s]; without them logits
             [b, s, padded vocabulary / tp], minus infinity in padded columns.
         """
+        return self.compute_output(self.run_passes(tokens, plan), labels)
+
+    def run_passes(self, tokens: Tensor, plan: PassPlan) -> Tensor:
+        """`forward` up to what the output layer reads, [s, b, h]."""
         token_embeddings = self.embed(tokens)
         handed_on: Tensor | None = None
         for pass_ in plan.passes:
-            handed_on = self._run_pass(pass_, plan, token_embeddings, handed_on)
+            handed_on = self.run_pass(pass_, plan, token_embeddings, handed_on)
         assert handed_on is not None
-        return self.compute_output(handed_on, labels)
+        return handed_on
 
     def forward_pass(
         self,
@@ -200,15 +201,17 @@ class PonderGPTModel(LanguageModule):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
             token_embeddings = self.embed(tokens) if self.pre_process else None
-            handed_on = self._run_pass(pass_, plan, token_embeddings, received)
+            handed_on = self.run_pass(pass_, plan, token_embeddings, received)
             if self.post_process and plan.is_last(pass_):
                 return self.compute_output(handed_on, labels)
             return handed_on
 
-    def _run_pass(
+    def run_pass(
         self, pass_: Pass, plan: PassPlan, token_embeddings: Tensor | None, received: Tensor | None
     ) -> Tensor:
         """One pass through this rank's layers, with or without a gradient, recomputed or not.
+
+        Gives what `forward_pass` gives, but in the last pass what the output layer reads.
 
         The carry into the first pass with a gradient is a constant; it asks for a gradient that
         nobody takes, because recomputed layers give their weights none if their input asks for
@@ -250,6 +253,32 @@ class PonderGPTModel(LanguageModule):
     def embed(self, tokens: Tensor) -> Tensor:
         """Scaled embeddings of the tokens and of those that the method puts behind each of them."""
         return self.embedding(append_extra_tokens(tokens, self.method.extra_token_ids))
+
+    def decode_pass(
+        self,
+        pass_: Pass,
+        plan: PassPlan,
+        embeddings: Tensor,
+        received: Tensor | None,
+        at: NewTokens,
+    ) -> Tensor:
+        """`run_pass` for one new token per row, behind what the attention's cache holds.
+
+        Args:
+            pass_: a pass of `plan`.
+            plan: of the method's `decoding_plan`.
+            embeddings: of the new tokens, from `embed`, [1 + extra tokens, b, h].
+            received: the carry of the pass before; None in the first pass.
+            at: where the tokens are.
+        """
+        slots = self.method.build_decoding_input(pass_, embeddings, received)
+        hidden = slots
+        if pass_.add_positions:
+            hidden = self.embedding.add_positions(slots, pass_.num_stages, at.positions)
+        read = self.read(pass_, self.run_layers(pass_, hidden, at.rotary))
+        if plan.is_last(pass_):
+            return read
+        return self.build_carry(pass_, read, slots if pass_.carries_input else None)
 
     def add_positions(self, pass_: Pass, slots: Tensor) -> Tensor:
         """The input of the first layer, [s * stages, b, h] (local under sequence parallelism)."""
@@ -299,27 +328,31 @@ class PonderGPTModel(LanguageModule):
         holder = self.embedding.word_embeddings if self.pre_process else self.embedding_copy
         return holder.weight
 
-    def run_layers(self, pass_: Pass, hidden: Tensor) -> Tensor:
+    def run_layers(self, pass_: Pass, hidden: Tensor, rotary: Tensor | None = None) -> Tensor:
         """All layers of this rank; every slot of a token has the token's position.
 
         Args:
             pass_: the pass.
             hidden: [s * stages, b, h] (local under sequence and context parallelism).
+            rotary: what queries and keys are rotated by, where `hidden` is not a whole text.
 
         Returns:
             [s * stages, b, h], or on the last stage [s * read stages, b, h]: the last layer gives
             the slots that are read only.
         """
-        rotary = None
-        if self.rotary_pos_emb is not None:
-            angles = self.rotary_pos_emb.get_emb(
-                self._num_tokens(hidden.size(0) // pass_.num_stages)
-            )
-            angles = local_shard(angles, dim=0, group=self.pg_collection.cp)
-            rotary = rotary_table(angles, pass_.num_stages, hidden.dtype)
+        if rotary is None and self.rotary_pos_emb is not None:
+            num_tokens = self._num_tokens(hidden.size(0) // pass_.num_stages)
+            rotary = self.rotary_of(num_tokens, pass_.num_stages, hidden.dtype)
         if not self.pre_process:  # a block without the embedding reads its input from here
             self.decoder.set_input_tensor(hidden)
         return self.decoder(hidden, attention_mask=kept_stages(pass_), rotary_pos_emb=rotary)
+
+    def rotary_of(self, num_tokens: int, num_stages: int, dtype: torch.dtype) -> Tensor:
+        """The table of `kernels.rotary` for a text (this rank's shard of it)."""
+        assert self.rotary_pos_emb is not None
+        angles = self.rotary_pos_emb.get_emb(num_tokens)
+        angles = local_shard(angles, dim=0, group=self.pg_collection.cp)
+        return rotary_table(angles, num_stages, dtype)
 
     def _num_tokens(self, num_tokens_local: int) -> int:
         """Tokens of the whole sequence, from those whose slots this rank has."""

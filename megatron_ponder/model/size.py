@@ -96,8 +96,12 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
     linear_modules = _linear_modules(model)
     layer = sum(inputs * outputs for inputs, outputs in linear_modules) + 2 * norm
-    if model.add_bias_linear:
-        layer += sum(outputs for _, outputs in linear_modules)
+    layer += sum(
+        outputs
+        for (_, outputs), has_bias in zip(linear_modules, linear_biases(model), strict=True)
+        if has_bias
+    )
+    layer += head_norm_parameters(model)
     embedding = model.vocab_size * hidden
     positions = model.max_position_embeddings * hidden if has_learned_positions else 0
     layers = model.num_layers * layer
@@ -138,6 +142,21 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
             )
         )
     return FlopCounts(passes=tuple(passes))
+
+
+def linear_biases(model: ModelConfig) -> tuple[bool, bool, bool, bool]:
+    """Whether QKV, attention output, MLP in and MLP out have biases."""
+    of_attention = model.add_bias_linear or model.add_attention_bias
+    of_mlp = model.add_bias_linear
+    return of_attention or model.add_qkv_bias, of_attention, of_mlp, of_mlp
+
+
+def head_norm_parameters(model: ModelConfig) -> int:
+    """Parameters of the norms of queries and keys of a layer, which every rank has whole."""
+    if not model.qk_layernorm:
+        return 0
+    assert model.kv_channels is not None
+    return 2 * model.kv_channels * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def _linear_modules(model: ModelConfig) -> list[tuple[int, int]]:

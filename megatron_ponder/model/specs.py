@@ -35,15 +35,16 @@ def layer_spec(config: RunConfig, backends: Backends) -> ModuleSpec:
     is_local = backends.transformer_impl == "local"
     submodules = _local_layer(model) if is_local else _transformer_engine_layer()
     attention = submodules.self_attention
+    head_norms = dict.fromkeys(("q_layernorm", "k_layernorm"), Norm if model.qk_layernorm else None)
     return ModuleSpec(
         module=ParallelResidualLayer if model.parallel_residual else SequentialResidualLayer,
         submodules=dataclasses.replace(
             submodules,
             self_attention=ModuleSpec(
                 module=RotarySelfAttention,
-                params=attention.params,
+                params={**attention.params, "add_attention_bias": model.add_attention_bias},
                 submodules=dataclasses.replace(
-                    attention.submodules, core_attention=_core_attention(backends)
+                    attention.submodules, core_attention=_core_attention(backends), **head_norms
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -25,6 +25,7 @@ def build_transformer_config(config: RunConfig, backends: Backends) -> Transform
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     num_layer_chunks = parallel.num_virtual_stages_per_pipeline_rank
+    has_fp8 = backends.transformer_impl == "transformer_engine"
     recomputes_layers = config.training.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -38,6 +39,10 @@ def build_transformer_config(config: RunConfig, backends: Backends) -> Transform
         gated_linear_unit=model.activation == "swiglu",
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        # Makes megatron-core add up these norms' gradients over tensor-parallel ranks, each of
+        # which has norms of its own heads only.
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         bf16=config.training.bf16,
@@ -54,7 +59,7 @@ def build_transformer_config(config: RunConfig, backends: Backends) -> Transform
         recompute_granularity="full" if recomputes_layers else None,
         recompute_method=config.training.recompute_method if recomputes_layers else None,
         recompute_num_layers=config.training.recompute_num_layers if recomputes_layers else None,
-        fp8=config.backend.fp8_format,
+        fp8=config.backend.fp8_format if has_fp8 else None,
         # Delayed scaling would update its history of largest entries once per pass.
         fp8_recipe=Fp8Recipe.tensorwise,
         gradient_accumulation_fusion=backends.weight_gradient != "none",

@@ -4,6 +4,7 @@ For b sequences of S slots, of which R are read, a layer keeps (h hidden size, a
 width, f MLP width, f' width before the activation; all local to the rank):
 
     input, norm 1, QKV's input       S h, statistics of S rows, S h
+    with norms of heads              S (a + 2 g), statistics of S heads and groups
     queries, keys, values            S (a + 2 g)
     attention's output and row sums  S a, S heads in fp32
     the output as the projection reads it   S a, a copy with rotary positions (SDPA's output has
@@ -69,6 +70,8 @@ class ActivationCounter:
         kept = 2 * self.hidden_bytes(pass_.num_stages) + self._statistics_bytes(pass_.num_stages)
         kept += rows * (2 * size.attention_width + 2 * size.key_value_width) * size.element_bytes
         kept += rows * size.num_heads * FP32_BYTES
+        if self.config.model.qk_layernorm:
+            kept += self._head_norm_bytes(rows)
         if size.context_parallel_size > 1:
             kept += self._gathered_bytes(rows)
         # One stage of several is a view of the whole; more than one are copied.
@@ -78,6 +81,17 @@ class ActivationCounter:
         if is_copied:
             kept += rows * size.attention_width * size.element_bytes
         return kept
+
+    def _head_norm_bytes(self, rows: int) -> int:
+        """The joint projection before the norms of queries and keys, and a number or two a head."""
+        size, model = self.shards, self.config.model
+        assert model.num_query_groups is not None
+        num_heads = size.num_heads + size.num_heads * model.num_query_groups // (
+            model.num_attention_heads
+        )
+        count = 2 if model.normalization == "LayerNorm" else 1
+        projection = (size.attention_width + 2 * size.key_value_width) * size.element_bytes
+        return rows * (projection + count * num_heads * FP32_BYTES)
 
     def _gathered_bytes(self, rows: int) -> int:
         """Keys and values of the other ranks' tokens."""

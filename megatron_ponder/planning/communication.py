@@ -10,6 +10,7 @@ import dataclasses
 
 from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.model.size import head_norm_parameters, linear_biases
 from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.memory import count_local_parameters, has_embedding_copy
 from megatron_ponder.planning.shards import FP32_BYTES, layers_by_stage
@@ -136,18 +137,25 @@ class _StageTraffic:
         return 2 if is_recomputed else 1
 
     def replicated_gradient_bytes(self) -> int:
-        """Under sequence parallelism: gradients of norms, some biases and learned positions."""
-        if not self.config.parallel.sequence_parallel:
-            return 0
+        """Gradients that tensor-parallel ranks add up.
+
+        Those of the norms of heads; under sequence parallelism those of all norms, some biases and
+        learned positions too.
+        """
         model = self.config.model
+        of_heads = sum(self.layers) * head_norm_parameters(model)
+        if not self.config.parallel.sequence_parallel:
+            return round(2 * of_heads * FP32_BYTES * self.tensor_share)
         norm = 2 if model.normalization == "LayerNorm" else 1
-        rows = sum(self.layers) * (2 * norm + (2 if model.add_bias_linear else 0))
+        _, has_bias_behind_attention, _, has_bias_behind_mlp = linear_biases(model)
+        rows = sum(self.layers) * (2 * norm + has_bias_behind_attention + has_bias_behind_mlp)
         if self.stage == self.num_stages - 1:
             rows += norm
         if self.stage == 0 and model.position_embedding_type == "learned_absolute":
             assert model.max_position_embeddings is not None
             rows += model.max_position_embeddings
-        return round(2 * rows * model.hidden_size * FP32_BYTES * self.tensor_share)
+        count = rows * model.hidden_size + of_heads
+        return round(2 * count * FP32_BYTES * self.tensor_share)
 
     def context_bytes(self, chunk: Chunk) -> int:
         """Of one micro-batch: keys and values gathered, their gradients scattered."""

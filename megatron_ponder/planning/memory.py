@@ -18,6 +18,7 @@ from collections import deque
 
 from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.model.size import head_norm_parameters, linear_biases
 from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.order import Pipeline
 from megatron_ponder.planning.shards import FP32_BYTES, layers_by_stage
@@ -116,13 +117,21 @@ def has_embedding_copy(config: RunConfig) -> bool:
 
 
 def _layer_weights(config: RunConfig) -> int:
-    """A layer's linear modules on one rank; biases of row-parallel ones are on every rank."""
+    """A layer's linear modules and norms of heads on one rank.
+
+    Biases of row-parallel modules and norms of heads are on every rank.
+    """
     size = ActivationCounter.of(config).shards
     qkv_width = size.attention_width + 2 * size.key_value_width
     columns = qkv_width + size.ffn_input_width
     rows = size.attention_width + size.ffn_width
-    biases = columns + 2 * size.hidden_size if config.model.add_bias_linear else 0
-    return (columns + rows) * size.hidden_size + biases
+    widths = (qkv_width, size.hidden_size, size.ffn_input_width, size.hidden_size)
+    biases = sum(
+        width
+        for width, is_there in zip(widths, linear_biases(config.model), strict=True)
+        if is_there
+    )
+    return (columns + rows) * size.hidden_size + biases + head_norm_parameters(config.model)
 
 
 class _StagePeak:

@@ -5,7 +5,8 @@ and what the previous pass handed on (`build_input`), what a pass hands on (`bui
 token embeddings are scaled (`embedding_scale`). Under pipeline parallelism `build_input` runs on
 the first stage and `build_carry` on the last, so a method keeps no state between them: whatever
 `build_input` needs must be in the token embeddings or in the carry. What the loss reads is in the
-plan. docs/adding-a-method.md walks through a new one.
+plan. Generation asks besides what a new token runs (`decoding_plan`, `build_decoding_input`); the
+answers that are here are right for every method. docs/adding-a-method.md walks through a new one.
 
 One file in `ponder/methods/` is one method; `load_method` finds it by name.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.errors import ConfigError
-from megatron_ponder.ponder.plan import Pass, PassPlan
+from megatron_ponder.ponder.plan import DecodingPlan, Pass, PassPlan
 
 METHODS_PACKAGE = "megatron_ponder.ponder.methods"
 
@@ -85,6 +86,23 @@ class Method(abc.ABC):
             The carry, of the shape of `read`; `read` itself unless a method overrides this.
         """
         return read
+
+    def decoding_plan(self, plan: PassPlan) -> DecodingPlan:
+        """What a new token runs when it is generated.
+
+        Here: the passes of the prompt, each with a cache. That gives what running them over the
+        whole text gives, because no slot depends on later ones.
+
+        Args:
+            plan: the prompt's passes.
+        """
+        return DecodingPlan(plan=plan)
+
+    def build_decoding_input(
+        self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None
+    ) -> Tensor:
+        """`build_input` for a pass of `decoding_plan`, where s is 1."""
+        return self.build_input(pass_, token_embeddings, carry)
 
 
 def load_method(config: MethodConfig) -> Method:

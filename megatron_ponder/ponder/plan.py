@@ -95,3 +95,20 @@ class PassPlan:
         """The same passes, of which the last `num_passes` have a gradient; None: all."""
         first = 0 if num_passes is None else max(0, len(self.passes) - num_passes)
         return dataclasses.replace(self, first_grad_pass=first)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingPlan:
+    """What one new token takes behind tokens whose keys and values are kept, and where.
+
+    A cache holds the keys and values of earlier slots, per layer. The prompt runs all passes of its
+    plan; then every new token runs `plan` by itself, each pass attending to a cache and adding its
+    own slots to it.
+    """
+
+    plan: PassPlan
+    """The passes of a new token; the last gives its logits."""
+    shares_cache: bool = False
+    """Whether there is one cache, that of the prompt's last pass, which a new token's passes fill
+    up one after the other. Otherwise every pass has a cache of its own, the prompt's pass i and a
+    new token's pass i the same."""

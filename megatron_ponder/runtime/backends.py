@@ -51,6 +51,17 @@ class Backends:
     """Setting to why it is what it is."""
 
 
+REFERENCE = Backends(
+    kernels="torch",
+    transformer_impl="local",
+    attention="sdpa",
+    sdpa_order=(),
+    weight_gradient="none",
+    reasons={},
+)
+"""What runs everywhere, for a model that is built and not run."""
+
+
 def choose_backends(config: RunConfig, found: Capabilities) -> Backends:
     """The backends of a resolved run.
 

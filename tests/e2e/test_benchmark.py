@@ -102,6 +102,14 @@ def test_predicted_pipeline_is_within_15_percent_of_a_timed_run() -> None:
         (["pipeline", *PIPELINE, "--random-jacobi-iterations"], "--no-random-jacobi-iterations"),
         (["pipeline", "--steps", "0"], "--steps 0: must be at least 1"),
         (["pipeline", *PIPELINE, "--num-layers", "3"], "--num-layers 3"),
+        (
+            ["generate", "--new-tokens", "2"],
+            "--recomputed-tokens 4: must be at most --new-tokens 2",
+        ),
+        (
+            ["generate", "--preset", "gpt2", "--seq-length", "1024", "--prompt-tokens", "1023"],
+            "together more than the model's 1024 learned positions",
+        ),
         (["train", "--rounds", "0"], "--rounds 0: must be at least 1"),
         (["train", "--plot", "x.png"], "--plot needs --r-values"),
         (["train", *SMALL, "--hidden-dropout", "0.1"], "the plain PyTorch reference has 0.0 only"),
@@ -130,3 +138,18 @@ def test_preprocess(tmp_path: Path) -> None:
     assert "scaling from 1 to 2 workers" in result["ratios"]
     ended = run("preprocess", "--workers", "0")
     assert ended.returncode == 2 and "--workers: every number must be at least 1" in ended.stderr
+
+
+def test_generate() -> None:
+    ended = run(
+        *("generate", "--json", *SMALL[:-6], "--rounds", "2", "--batch-size", "3"),
+        *("--prompt-tokens", "40", "--new-tokens", "5", "--recomputed-tokens", "2"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["prefill"]["tokens_per_s"] == pytest.approx(120e3 / result["prefill"]["ms"])
+    for side in ("decode", "recomputed"):
+        assert result[side]["tokens_per_s"] == pytest.approx(3e3 / result[side]["ms"])
+    speedup = result["speedup"]
+    assert 0 < speedup["least"] <= speedup["median"] <= speedup["largest"]
+    assert result["config"]["hidden_size"] == 32 and result["rounds"] == 2

@@ -85,10 +85,17 @@ def test_interrupted_resumed_and_run_again(tmp_path: Path) -> None:
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (folder / "report.txt").read_text()
     assert report.strip() in output
-    for part in ("vanilla", "PonderLM-2", "compute/token", "bits/byte", "written by PonderLM-2"):
+    for part in (
+        *("vanilla", "PonderLM-2", "compute/token", "bits/byte", "written by PonderLM-2"),
+        "read by transformers alone (PonderLlamaForCausalLM)",
+    ):
         assert part in report
+    ours = json.loads((folder / "ponderlm2.evaluation.json").read_text())
+    theirs = json.loads((folder / "ponderlm2-huggingface.json").read_text())
+    assert abs(ours["loss"] - theirs["loss"]) < 1e-5
+    assert theirs["sample"].startswith("def get_")
 
     before = metrics.stat().st_mtime_ns
     output = finish(start(folder))
-    assert output.count("done before, skipped") == 10 and report.strip() in output
+    assert output.count("done before, skipped") == 12 and report.strip() in output
     assert metrics.stat().st_mtime_ns == before

@@ -15,46 +15,11 @@ from torch import Tensor
 
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.convert.config_mapping import read_model_settings
+from megatron_ponder.convert.method_mapping import read_method
 
 FOLDER = Path(__file__).parent / "cases"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
-
-_LAYER_NORM = {"normalization": "LayerNorm", "add_bias_linear": True}
-_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "gpt_neox": {
-        "activation": "gelu",
-        # What the authors' GPT-NeoX files do differently: named settings here (docs/methods.md).
-        "pause_always_scales": False,
-        "ponderlm_feedback": "hidden",
-        **_LAYER_NORM,
-    },
-    "gpt2": {
-        "activation": "gelu_tanh",
-        "position_embedding_type": "learned_absolute",
-        "untie_embeddings_and_output_weights": False,
-        **_LAYER_NORM,
-    },
-}
-_KEYS = {
-    "hidden_size": ("hidden_size", "n_embd"),
-    "num_layers": ("num_hidden_layers", "n_layer"),
-    "num_attention_heads": ("num_attention_heads", "n_head"),
-    "num_query_groups": ("num_key_value_heads",),
-    "ffn_hidden_size": ("intermediate_size",),
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
-    "norm_epsilon": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
-    "rotary_base": ("rope_theta",),
-    "rotary_percent": ("rotary_pct",),
-    "parallel_residual": ("use_parallel_residual",),
-    "method": ("method",),
-    "num_latent_thoughts": ("num_latent_thoughts",),
-    "num_jacobi_iterations": ("num_jacobi_iterations",),
-    "scale_embeds": ("scale_embeds",),
-    "interpolation": ("interpolation",),
-    "pause_token_id": ("pause_token_id",),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,18 +45,10 @@ def load_case(name: str, **settings: Any) -> Case:
     folder = FOLDER / name
     stored = json.loads((folder / "config.json").read_text())
     numbers = load_file(folder / "case.safetensors")
-    values = {
-        ours: stored[theirs]
-        for ours, names in _KEYS.items()
-        for theirs in names
-        if theirs in stored
-    }
-    architecture = stored["model_type"]
     config = RunConfig().replaced(
-        architecture=architecture,
         seq_length=numbers["input_ids"].size(1),
-        **_BY_ARCHITECTURE[architecture],
-        **values,
+        **read_model_settings(stored),
+        **read_method(stored, {}).result,
     )
     world_size = math.prod(
         settings.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline")

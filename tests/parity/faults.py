@@ -155,6 +155,11 @@ def _norm_gradients_not_summed(model: PonderGPTModel) -> None:
         parameter.sequence_parallel = False
 
 
+def _head_norm_gradients_not_summed(model: PonderGPTModel) -> None:
+    """Keep each rank's gradient of the norms of queries and keys, from its own heads only."""
+    model.config.qk_layernorm = False
+
+
 def _unscaled_mixture(model: PonderGPTModel) -> None:
     """Mix embeddings as they are stored, not as they are looked up."""
     model.embedding_scale = None
@@ -231,6 +236,7 @@ FAULTS: dict[str, Callable[[PonderGPTModel], None]] = {
     "unscaled embedding": _unscaled_embedding,
     "one pass short": _one_pass_short,
     "norm gradients not summed": _norm_gradients_not_summed,
+    "head norm gradients not summed": _head_norm_gradients_not_summed,
     "carry of another micro-batch": _carry_of_another_micro_batch,
     "tied gradients not summed": _tied_gradients_not_summed,
     "shards taken as contiguous": _shards_taken_as_contiguous,

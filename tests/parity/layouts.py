@@ -53,6 +53,12 @@ GPT2 = {
     "position_embedding_type": "learned_absolute",
     "untie_embeddings_and_output_weights": False,
 }
+QWEN3 = LLAMA | {"architecture": "qwen3", "qk_layernorm": True, "kv_channels": 12}
+LLAMA3 = LLAMA | {
+    "add_attention_bias": True,
+    "use_rope_scaling": True,
+    "rope_scaling_original_max_position_embeddings": 64,
+}
 PARALLEL_RESIDUAL = {"parallel_residual": True}
 K1 = {"method": "ponderlm2", "num_latent_thoughts": 1, "num_jacobi_iterations": 2}
 K2 = {"method": "ponderlm2", "num_latent_thoughts": 2, "num_jacobi_iterations": 1}
@@ -68,6 +74,8 @@ MODELS = {
     "llama vanilla": LLAMA | VANILLA,
     "llama k1": LLAMA | K1,
     "llama k2": LLAMA | K2,
+    "qwen3 k1": QWEN3 | K1,
+    "llama3 k1": LLAMA3 | K1,
     "neox vanilla": NEOX | VANILLA | PARALLEL_RESIDUAL,
     "neox k1": NEOX | K1 | PARALLEL_RESIDUAL,
     "neox sequential k2": NEOX | K2,

@@ -21,7 +21,14 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 """What may import what: a sub-package imports from its own layer and those above it in this list,
 but sub-packages of one layer do not import each other (see SIBLINGS)."""
 
-SIBLINGS = frozenset({("config", "errors"), ("log", "errors"), ("inference", "checkpoint")})
+SIBLINGS = frozenset(
+    {
+        ("config", "errors"),
+        ("log", "errors"),
+        ("inference", "checkpoint"),
+        ("convert", "checkpoint"),
+    }
+)
 """Imports within a layer; there is no way back."""
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TOOL_LINES = 600, 100, 80

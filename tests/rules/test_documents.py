@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.benchmark.options import (
+    GenerateBenchmarkOptions,
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
     TrainBenchmarkOptions,
@@ -15,6 +16,7 @@ from megatron_ponder.benchmark.options import (
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.convert.options import ExportOptions, ImportOptions
 from megatron_ponder.data.inspection import InspectConfig
 from megatron_ponder.data.merging import MergeConfig
 from megatron_ponder.data.options import PrepareIndexOptions
@@ -31,9 +33,12 @@ from megatron_ponder.runtime.diagnosis import DoctorOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
+    ImportOptions,
+    ExportOptions,
     TrainBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
+    GenerateBenchmarkOptions,
     PlanOptions,
     DoctorOptions,
     PreprocessConfig,

@@ -11,6 +11,11 @@ the next token at stage K:
 
 Linear work in vanilla forwards: K(K+1)/2 + (K+1)(R+1).
 
+Generated tokens need no iterations: the thoughts before them are there, so each thought is computed
+when its turn comes, K+1 passes over one slot each, all into one cache:
+
+    pass i <= K:       1 slot in, the token or z_i;  z_{i+1} <- hidden;  logits from hidden_K
+
 With `interpolation` a thought is, instead of the hidden state, the mixture of scaled embeddings by
 the probabilities that the hidden state gives to next tokens.
 """
@@ -21,7 +26,7 @@ from torch import Tensor
 
 from megatron_ponder.ponder.interleave import interleave
 from megatron_ponder.ponder.method import Method, Mix
-from megatron_ponder.ponder.plan import Pass, PassPlan
+from megatron_ponder.ponder.plan import DecodingPlan, Pass, PassPlan
 
 
 class PonderLM2(Method):
@@ -62,3 +67,24 @@ class PonderLM2(Method):
     def build_carry(self, pass_: Pass, read: Tensor, mix: Mix, pass_input: Tensor | None) -> Tensor:
         """The next thoughts: hidden states, or mixtures."""
         return mix(read) if pass_.mixes_embeddings else read
+
+    def decoding_plan(self, plan: PassPlan) -> DecodingPlan:
+        """The slots of a token one by one, behind all those of the tokens before."""
+        k = self.config.num_latent_thoughts
+        passes = tuple(
+            Pass(
+                index=index,
+                num_stages=1,
+                read_stages=range(1),
+                reads_tokens=index == 0,
+                mixes_embeddings=self.config.interpolation and index < k,
+            )
+            for index in range(k + 1)
+        )
+        return DecodingPlan(plan=PassPlan(passes=passes), shares_cache=True)
+
+    def build_decoding_input(
+        self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None
+    ) -> Tensor:
+        """The token's embedding, then the thought before."""
+        return token_embeddings if carry is None else carry

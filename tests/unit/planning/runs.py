@@ -15,6 +15,12 @@ ARCHITECTURES = {
     "gpt_neox": ["--preset", "pythia-70m"],
     "gpt2": ["--preset", "gpt2"],
 }
+QWEN3: dict[str, Any] = {
+    "qk_layernorm": True,
+    "kv_channels": 24,
+    "add_attention_bias": True,
+}
+"""Changes to Llama's: norms of heads, heads of their own width; and biases, as one may have."""
 METHODS = {
     "vanilla": ["--method", "vanilla"],
     "K1": ["--num-latent-thoughts", "1", "--num-jacobi-iterations", "2"],

@@ -9,7 +9,7 @@ from megatron_ponder.planning.communication import stage_traffic
 from megatron_ponder.planning.report import largest_plan, microbatches_per_step
 from tests.ranks import run_ranks
 from tests.unit.planning.measured_traffic import measure_traffic
-from tests.unit.planning.runs import small_run
+from tests.unit.planning.runs import QWEN3, small_run
 
 TOLERANCE = 0.005
 """Sums of norms and losses over ranks are not predicted."""
@@ -46,6 +46,15 @@ def test_two_ranks(architecture: str, method: str) -> None:
             predicted = sum(vars(stages[rank // ranks_per_stage]).values())
             assert predicted > 0
             assert sum(found.values()) == pytest.approx(predicted, rel=TOLERANCE), (layout, found)
+
+
+def test_norms_of_heads() -> None:
+    """Their gradients are added up over tensor-parallel ranks, with sequence shards or without."""
+    for name in ("TP2", "TP2 + SP"):
+        config = small_run("llama", "K1", world_size=2, **QWEN3 | LAYOUTS[name])
+        found, _ = run_ranks(_measure_all, 2, [config])
+        (stage,) = stage_traffic(config, largest_plan(config), 2, microbatches_per_step(config, 2))
+        assert sum(found[0].values()) == pytest.approx(sum(vars(stage).values()), rel=TOLERANCE)
 
 
 def _measure_all(configs: list[RunConfig]) -> list[dict[str, float]]:

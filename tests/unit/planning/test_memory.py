@@ -14,7 +14,7 @@ from megatron_ponder.planning.memory import stage_memory
 from megatron_ponder.planning.report import largest_plan, microbatches_per_step
 from tests.ranks import run_ranks
 from tests.unit.planning.measured_memory import measure
-from tests.unit.planning.runs import ARCHITECTURES, METHODS, small_run
+from tests.unit.planning.runs import ARCHITECTURES, METHODS, QWEN3, small_run
 
 STEP_TOLERANCE = 0.10
 SHAPES: dict[str, dict[str, Any]] = {
@@ -91,6 +91,23 @@ def test_fused_loss() -> None:
     (measured,) = run_ranks(_measure_all, 1, configs)
     for config, found in zip(configs, measured, strict=True):
         check(config, [found])
+
+
+def test_norms_of_heads() -> None:
+    configs = [
+        small_run("llama", method, **QWEN3 | SHAPES[shape])
+        for method, shape in itertools.product(("vanilla", "K1"), ("small", "wide"))
+    ]
+    (measured,) = run_ranks(_measure_all, 1, configs)
+    for config, found in zip(configs, measured, strict=True):
+        check(config, [found])
+        assert largest_step(config) > 1.01 * largest_step(config.replaced(qk_layernorm=False))
+
+
+def largest_step(config: RunConfig) -> int:
+    """What one process's step is predicted to add."""
+    (stage,) = stage_memory(config, largest_plan(config), 1, microbatches_per_step(config, 1))
+    return stage.activations
 
 
 def test_pipeline() -> None:

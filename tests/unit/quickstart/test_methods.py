@@ -1,7 +1,7 @@
 """Which models the quickstart compares."""
 
 import pytest
-from steps import CONTESTANTS, chosen_contestants
+from contestants import CONTESTANTS, chosen_contestants
 
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.errors import ConfigError

@@ -1,0 +1,227 @@
+"""A stock Hugging Face config as our settings, and back. Imports no torch and no transformers.
+
+Every key of a config is one of four things: a setting of ours, a value that must be what it is
+(another one means a computation that we do not have), a key without an effect on the numbers, or
+unknown. The last kind is refused by name, because a key that is left out silently is a model that
+is wrong silently. Keys that a config leaves out have the defaults of transformers' own classes.
+Keys of the training method are in method_mapping.py. Left out: dropout, which is a setting of a run
+and not of a model, and everything that only generation reads.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.convert.method_mapping import METHOD_KEYS
+from megatron_ponder.convert.rotary_mapping import build_rope_scaling, read_rotary
+from megatron_ponder.convert.stock_families import (
+    FAMILIES,
+    MUST_BE,
+    NO_EFFECT,
+    OWN_KEYS,
+    STOCK_ACTIVATIONS,
+    Config,
+    Family,
+    family_of,
+)
+from megatron_ponder.errors import ConversionError
+
+
+def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The shape of the model, as settings by name.
+
+    Args:
+        config: what config.json holds.
+        ignored_keys: keys that the user says have no effect.
+
+    Raises:
+        ConversionError: something that we do not compute, all of it at once; or a key is missing.
+    """
+    family = family_of(config)
+    relevant = {key: value for key, value in config.items() if key not in set(ignored_keys)}
+    missing = [
+        key
+        for key in family.keys.values()
+        if key not in family.defaults and relevant.get(key) is None
+    ]
+    if missing:
+        raise ConversionError(
+            f"config.json lacks {', '.join(missing)}, without which a {config['model_type']} model "
+            "has no shape."
+        )
+    known = family.defaults | relevant
+    settings = {"architecture": config["model_type"], **family.settings}
+    settings |= {ours: known[theirs] for ours, theirs in family.keys.items()}
+    problems = [
+        *_values_that_must_be(family, relevant),
+        *_unknown_keys(family, relevant),
+        *_windows(known),
+    ]
+    activation = relevant.get(family.activation_key) or next(iter(family.activations))
+    if activation not in family.activations:
+        problems.append(
+            f"{family.activation_key} {activation!r}: supported are {', '.join(family.activations)}"
+        )
+    settings["activation"] = family.activations.get(activation)
+    settings |= _derived_shape(settings)
+    problems += [
+        f"{theirs} null: must be given"
+        for ours, theirs in family.keys.items()
+        if settings[ours] is None
+    ]
+    settings |= _biases(config["model_type"], relevant, problems)
+    tied = relevant.get("tie_word_embeddings")
+    is_tied = family.tied_by_default if tied is None else tied
+    settings["untie_embeddings_and_output_weights"] = not is_tied
+    if family.rotary_base_key is not None:
+        settings |= read_rotary(family, relevant, settings, problems)
+    if problems:
+        raise ConversionError("config.json cannot be converted:\n  - " + "\n  - ".join(problems))
+    return settings
+
+
+def _derived_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What stock classes derive where it is left out."""
+    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+    derived = {
+        "ffn_hidden_size": 4 * hidden,
+        "num_query_groups": heads,
+        "kv_channels": hidden // heads,
+    }
+    return {name: value for name, value in derived.items() if settings.get(name) is None}
+
+
+def _values_that_must_be(family: Family, config: Config) -> Iterator[str]:
+    """Keys whose value means a computation that we do not have."""
+    if config.get("quantization_config") is not None:
+        yield (
+            "quantization_config: the weights are quantised; convert the model that they were "
+            "made from"
+        )
+    for key, allowed in (MUST_BE | family.must_be).items():
+        value = config.get(key)
+        if value is not None and value not in allowed:
+            supported = " or ".join(map(str, allowed)) if allowed else "null"
+            yield f"{key} {value!r}: only {supported} is supported"
+
+
+def _unknown_keys(family: Family, config: Config) -> Iterator[str]:
+    """Keys that nobody here has looked at."""
+    known = {
+        *family.keys.values(),
+        *family.must_be,
+        *family.no_effect,
+        *MUST_BE,
+        *NO_EFFECT,
+        *METHOD_KEYS,
+        family.activation_key,
+        "quantization_config",
+        "tie_word_embeddings",
+    }
+    if family.rotary_base_key is not None:
+        known |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+        known |= {key for key in (family.rotary_base_key, family.rotary_percent_key) if key}
+    known |= OWN_KEYS.get(config["model_type"], frozenset())
+    for key, value in config.items():
+        if key not in known and value is not None and not key.startswith("_"):
+            yield (
+                f"{key} {value!r}: not known to this converter; if it has no effect on the "
+                f"numbers, say so: --ignore-config-keys {key}"
+            )
+
+
+def _windows(known: Config) -> Iterator[str]:
+    """Attention that sees only what is near."""
+    window = known.get("sliding_window")
+    longest = known.get("max_position_embeddings")
+    is_used = known.get("use_sliding_window", known["model_type"] == "mistral")
+    if is_used and window is not None and window < longest:
+        yield (
+            f"sliding_window {window}: attention here sees the whole sequence; only null, or at "
+            f"least max_position_embeddings ({longest}), is supported"
+        )
+        return
+    others = set(known.get("layer_types") or ()) - {"full_attention"}
+    if others and not (others == {"sliding_attention"} and window is not None and is_used):
+        yield f"layer_types {', '.join(sorted(others))}: only full_attention is supported"
+
+
+def _biases(model_type: str, config: Config, problems: list[str]) -> dict[str, Any]:
+    """Llama's and Qwen3's optional biases."""
+    if "attention_bias" not in OWN_KEYS.get(model_type, ()):
+        return {}
+    in_attention, in_mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if in_mlp and not in_attention:
+        problems.append("mlp_bias without attention_bias: not supported")
+    return {"add_bias_linear": in_mlp, "add_attention_bias": in_attention and not in_mlp}
+
+
+def build_stock_config(run: RunConfig) -> dict[str, Any]:
+    """config.json of the stock class with a resolved run's model; without dtype and token ids.
+
+    Raises:
+        ConversionError: the stock class does not compute what the run's model computes.
+    """
+    model = run.model
+    family = FAMILIES[model.architecture]
+    values = vars(model)
+    config: dict[str, Any] = {
+        "model_type": model.architecture,
+        "architectures": [family.class_name],
+        **{theirs: values[ours] for ours, theirs in family.keys.items()},
+        family.activation_key: STOCK_ACTIVATIONS[model.activation],
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "use_cache": True,
+        **_stock_dropouts(run),
+    }
+    own = OWN_KEYS.get(model.architecture, frozenset())
+    if "attention_bias" in own:
+        config["attention_bias"] = model.add_bias_linear or model.add_attention_bias
+    if "mlp_bias" in own:
+        config["mlp_bias"] = model.add_bias_linear
+    if "sliding_window" in own:
+        config["sliding_window"] = None
+    if "use_sliding_window" in own:
+        config["use_sliding_window"] = False
+    if family.rotary_base_key is not None:
+        config[family.rotary_base_key] = model.rotary_base
+        config["rope_scaling"] = build_rope_scaling(model)
+        if family.rotary_percent_key is not None:
+            config[family.rotary_percent_key] = model.rotary_percent
+    _check_stock_config(config, run)
+    return config
+
+
+def _stock_dropouts(run: RunConfig) -> dict[str, float]:
+    """Dropout of further training, under the stock class's keys."""
+    hidden, attention = run.model.hidden_dropout, run.model.attention_dropout
+    if run.model.position_embedding_type == "learned_absolute":
+        return {"resid_pdrop": hidden, "embd_pdrop": hidden, "attn_pdrop": attention}
+    if run.model.normalization == "LayerNorm":
+        return {"hidden_dropout": hidden, "attention_dropout": attention}
+    return {"attention_dropout": attention}
+
+
+def _check_stock_config(config: Config, run: RunConfig) -> None:
+    """Read the config back: what is not the run's own has no place in the stock class."""
+    values = vars(run.model)
+    try:
+        read = read_model_settings(config)
+    except ConversionError as error:
+        raise _no_stock_model(run, [str(error)]) from None
+    problems = [
+        f"--{name.replace('_', '-')} {values[name]} (the stock class has {read[name]})"
+        for name in read
+        if values[name] != read[name]
+    ]
+    if problems:
+        raise _no_stock_model(run, problems)
+
+
+def _no_stock_model(run: RunConfig, problems: list[str]) -> ConversionError:
+    """Why there is nothing to export to."""
+    return ConversionError(
+        f"The model is no stock {run.model.architecture} model, so transformers has no class for "
+        f"it: {'; '.join(problems)}. Train with the settings of one of {', '.join(FAMILIES)}, and "
+        "its name as --architecture."
+    )

@@ -1,0 +1,177 @@
+"""The training method in a Hugging Face config: two families of keys, read and written.
+
+The authors' code writes `recurrent_model`, `num_latent_thoughts`, `num_jacobi_iterations`,
+`random_jacobi_iterations`, `scale_embeds`, `interpolation`, `interpolation_use_topk` and
+`pause_token_id`, and leaves to the modelling file which method they belong to. Older checkpoints
+may have `more_iterations` (K), `eval_refinement_steps` (R) and `vary_refine_steps` (random R). We
+write the authors' keys, `method`, and what else a forward reads, under our own names. Imports no
+torch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ponder.config.presets import PRESETS
+from megatron_ponder.config.schema import MethodConfig, RunConfig
+from megatron_ponder.errors import ConversionError
+
+OLD_KEYS = {
+    "num_latent_thoughts": "more_iterations",
+    "num_jacobi_iterations": "eval_refinement_steps",
+    "random_jacobi_iterations": "vary_refine_steps",
+}
+SETTINGS = (
+    "num_latent_thoughts",
+    "num_jacobi_iterations",
+    "random_jacobi_iterations",
+    "min_jacobi_iterations",
+    "max_jacobi_iterations",
+    "scale_embeds",
+    "interpolation",
+    "interpolation_use_topk",
+    "interpolation_topk",
+    "residual_interpolated_embeds",
+    "ponderlm_feedback",
+    "pause_token_id",
+    "pause_always_scales",
+)
+"""Settings of the method that a config holds, besides `method` itself."""
+METHOD_KEYS = frozenset({"method", "recurrent_model", *SETTINGS, *OLD_KEYS.values()})
+
+_AUTHORS_SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"ponderlm_feedback": "hidden", "pause_always_scales": False}
+}
+"""What the authors' modelling files of an architecture do whatever the config says."""
+_RECIPE_SETTINGS = (
+    "min_jacobi_iterations",
+    "max_jacobi_iterations",
+    "small_init_depth_counts_thoughts",
+    "pause_init_method",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodOfSource:
+    """What a folder's model computes, and what is to be trained from it."""
+
+    source: dict[str, Any]
+    """Settings under which the weights compute what they were made for."""
+    result: dict[str, Any]
+    """Settings to store."""
+    remark: str
+    """How the method was found, in words."""
+
+
+def read_method(config: Mapping[str, Any], asked: Mapping[str, Any]) -> MethodOfSource:
+    """The method of a config, changed as asked.
+
+    Args:
+        config: what config.json holds.
+        asked: settings that the user gave, `method` among them or not.
+
+    Raises:
+        ConversionError: the config does not say enough, or contradicts itself.
+    """
+    method, remark = _find_method(config, asked)
+    if method is None:
+        source: dict[str, Any] = {"method": "vanilla"}
+        if asked.get("method", "vanilla") != "vanilla":
+            # The weights were trained on unscaled embeddings: scaled ones would be noise to them.
+            changed = {"scale_embeds": False, **recipe_settings(config), **asked}
+            return MethodOfSource(source=source, result=changed, remark=remark)
+        return MethodOfSource(source=source, result=source, remark=remark)
+    source = {"method": method, **_read_settings(config, method, asked)}
+    wanted = asked.get("method", method)
+    result = {**source, **recipe_settings(config), **_stated(config), **asked, "method": wanted}
+    return MethodOfSource(source=source, result=result, remark=remark)
+
+
+def _find_method(config: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The method that a config is of, None for a stock model; and how it was found."""
+    stated = config.get("method")
+    if stated is not None:
+        return (None if stated == "vanilla" else str(stated)), "config.json says so"
+    keys = {key for key in METHOD_KEYS if config.get(key) is not None}
+    counts_thoughts = keys & {"num_latent_thoughts", "more_iterations"}
+    if config.get("recurrent_model") is False or not (counts_thoughts or "recurrent_model" in keys):
+        return None, "config.json has no key of a method"
+    if "method" in asked:
+        return str(asked["method"]), "as asked: config.json does not name it"
+    counts_rounds = keys & {"num_jacobi_iterations", "eval_refinement_steps"}
+    if counts_rounds and "pause_token_id" not in keys:
+        return "ponderlm2", f"inferred from {', '.join(sorted(counts_rounds))}"
+    raise ConversionError(
+        f"config.json has keys of a method ({', '.join(sorted(keys))}) and does not say of which. "
+        "Give --method ponderlm2, ponderlm, loop or pause."
+    )
+
+
+def _read_settings(
+    config: Mapping[str, Any], method: str, asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings that a forward of the source reads."""
+    stated = _stated(config)
+    completed = {
+        **_AUTHORS_SETTINGS.get(str(config.get("model_type")), {}),
+        **{name: value for name, value in asked.items() if name in SETTINGS},
+        **stated,
+    }
+    needed = ["num_latent_thoughts", "scale_embeds"]
+    if method == "pause":
+        needed.append("pause_token_id")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if name not in completed]
+    if missing:
+        raise ConversionError(
+            f"config.json is of method {method} and leaves out what a forward needs. Give "
+            f"{', '.join(missing)}."
+        )
+    return completed
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that the config has, under either family's key.
+
+    Raises:
+        ConversionError: both are there and differ, or a value has the wrong type.
+    """
+    stated = {name: config[name] for name in SETTINGS if config.get(name) is not None}
+    for name, old in OLD_KEYS.items():
+        value = config.get(old)
+        if value is None:
+            continue
+        if name in stated and stated[name] != value:
+            raise ConversionError(
+                f"config.json: {name} {stated[name]} and {old} {value} are the same setting and "
+                "differ. Remove one of them."
+            )
+        stated[name] = value
+    defaults = vars(MethodConfig())
+    for name, value in stated.items():
+        kind = int if defaults[name] is None else type(defaults[name])
+        if type(value) is not kind:
+            raise ConversionError(
+                f"config.json: {name} {value!r}: must be of type {kind.__name__}."
+            )
+    return stated
+
+
+def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the authors' recipes have different for the architecture, from its presets."""
+    for preset in PRESETS.values():
+        if preset["architecture"] == config.get("model_type"):
+            recipe = {name: preset[name] for name in _RECIPE_SETTINGS if name in preset}
+            return recipe | _AUTHORS_SETTINGS.get(preset["architecture"], {})
+    return {}
+
+
+def build_method_keys(run: RunConfig) -> dict[str, Any]:
+    """Keys of a config for the method of a run; none for a stock model."""
+    if run.method.method == "vanilla":
+        return {}
+    values = vars(run.method)
+    return {
+        "recurrent_model": True,
+        "method": run.method.method,
+        **{name: values[name] for name in SETTINGS},
+    }

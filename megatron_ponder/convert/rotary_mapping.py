@@ -1,0 +1,87 @@
+"""Rotary positions in a Hugging Face config: transformers 5's form, the older one, and ours.
+
+Imports no torch. Left out: scalings that our model does not have, which are refused by name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.convert.stock_families import Config, Family
+
+DEFAULT_ROTARY_BASE = 10000.0
+_SCALING_KEYS = {
+    "factor": "rope_scaling_factor",
+    "low_freq_factor": "rope_scaling_low_freq_factor",
+    "high_freq_factor": "rope_scaling_high_freq_factor",
+    "original_max_position_embeddings": "rope_scaling_original_max_position_embeddings",
+}
+
+
+def read_rotary(
+    family: Family, config: Config, settings: Mapping[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    """Base, share of channels and scaling, in transformers 5's form or the older one."""
+    old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    if old and new and old != new:
+        problems.append("rope_scaling and rope_parameters differ: leave one out")
+    parameters = dict(old or new or {})
+    if any(isinstance(value, dict) for value in parameters.values()):
+        problems.append("rope_parameters by layer type: all layers here have the same")
+        return {}
+    assert family.rotary_base_key is not None
+    base_keys = (family.rotary_base_key, "rope_theta")
+    bases = [parameters.pop("rope_theta", None), *(config.get(key) for key in base_keys)]
+    bases = [base for base in bases if base is not None]
+    if len(set(map(float, bases))) > 1:
+        problems.append(
+            f"rotary bases differ: {', '.join(map(str, bases))} (rope_theta and others)"
+        )
+    shares = [parameters.pop("partial_rotary_factor", None), config.get("partial_rotary_factor")]
+    if family.rotary_percent_key is not None:
+        shares += [config.get(family.rotary_percent_key), family.defaults["rotary_pct"]]
+    share = next((share for share in shares if share is not None), 1.0)
+    if family.rotary_percent_key is None and share != 1.0:
+        problems.append(f"partial_rotary_factor {share}: a {config['model_type']} rotates all")
+    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
+    parameters.pop("type", None)
+    return {
+        "rotary_base": float(bases[0]) if bases else DEFAULT_ROTARY_BASE,
+        "rotary_percent": float(share),
+        **_scaling(kind, parameters, settings, problems),
+    }
+
+
+def _scaling(
+    kind: str, parameters: Config, settings: Mapping[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    """The way rotary positions are stretched."""
+    off = {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None}
+    readers = {
+        "default": {},
+        "linear": {"factor": "rotary_seq_len_interpolation_factor"},
+        "llama3": _SCALING_KEYS,
+    }
+    if kind not in readers:
+        problems.append(f"rope_type {kind!r}: supported are {', '.join(readers)}")
+        return off
+    names = readers[kind]
+    stated = {"original_max_position_embeddings": settings["max_position_embeddings"], **parameters}
+    unknown = [key for key in parameters if key not in names and parameters[key] is not None]
+    missing = [key for key in names if stated.get(key) is None]
+    if unknown or missing:
+        problems += [f"rope_type {kind}: {key} is not supported" for key in unknown]
+        problems += [f"rope_type {kind}: {key} is missing" for key in missing]
+        return off
+    scaling = off | {ours: stated[theirs] for theirs, ours in names.items()}
+    return scaling | {"use_rope_scaling": kind == "llama3"}
+
+
+def build_rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    """rope_scaling in the form that transformers 4 and 5 read."""
+    values = vars(model)
+    if model.use_rope_scaling:
+        names = _SCALING_KEYS.items()
+        return {"rope_type": "llama3", **{theirs: values[ours] for theirs, ours in names}}
+    factor = model.rotary_seq_len_interpolation_factor
+    return None if factor is None else {"rope_type": "linear", "factor": factor}

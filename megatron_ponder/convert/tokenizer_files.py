@@ -1,0 +1,169 @@
+"""The tokenizer on its way in and out: found in a folder, written into one.
+
+Out go the files that transformers loads: a SentencePiece model as tokenizer.json (checked on some
+texts) with the .model itself beside it, a tokenizers JSON as it is with what describes it. A
+tiktoken vocabulary has no such form here and is left out, which is told. Imports no torch.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_ponder.config.schema import DataConfig, TokenizerType
+from megatron_ponder.data.sentencepiece_export import export_tokenizer
+from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ponder.errors import ConversionError, DataError
+
+logger = logging.getLogger(__name__)
+
+JSON_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+_BESIDE_JSON = (
+    CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    MODEL_FILE,
+)
+SAMPLE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def add(a: int, b: int) -> int:\n    return a + b  # a comment\n\n\nclass Empty:\n\tpass\n",
+    "  two leading blanks, 3.14159, a-b_c/d, e@f.org; (g) [h] {i} <j>!?",
+    "Gr\u00fc\u00dfe, na\u00efve caf\u00e9, \u0397\u03bb\u03b9\u03bf\u03c2, \u041c\u0438\u0440, "
+    "\u4f60\u597d\uff0c\u4e16\u754c, \U0001f600",
+)
+"""On which an exported tokenizer must give the ids of the SentencePiece model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundTokenizer:
+    """A tokenizer that fits a model."""
+
+    kind: TokenizerType
+    path: Path
+    tokenizer: Tokenizer
+
+
+def find_tokenizer(
+    folder: Path, vocab_size: int, path: str | None, kind: TokenizerType | None
+) -> FoundTokenizer | None:
+    """The tokenizer of a folder, or the one that the user gave; None if there is none.
+
+    Args:
+        folder: to look in.
+        vocab_size: ids must be below this.
+        path: the user's.
+        kind: the user's.
+
+    Raises:
+        DataError: one that was given cannot be read.
+        ConversionError: it has more ids than the vocabulary.
+    """
+    if kind == "NullTokenizer":
+        return None
+    given = [Path(path)] if path is not None else []
+    found = given or [file for name in (JSON_FILE, MODEL_FILE) if (file := folder / name).is_file()]
+    for file in found:
+        kind_here = kind or _kind_of(file)
+        try:
+            tokenizer = _load(file, kind_here)
+        except DataError as error:
+            if given:
+                raise
+            logger.warning("the folder's tokenizer is left out: %s", error)
+            continue
+        check_fit(tokenizer, file, vocab_size)
+        return FoundTokenizer(kind_here, file.resolve(), tokenizer)
+    return None
+
+
+def _kind_of(path: Path) -> TokenizerType:
+    return "SentencePieceTokenizer" if path.suffix == ".model" else "HuggingFaceTokenizer"
+
+
+def _load(path: Path, kind: TokenizerType) -> Tokenizer:
+    return build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=str(path)))
+
+
+def check_fit(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for.
+
+    Raises:
+        ConversionError: there are such ids.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ConversionError(
+            f"{path}: has {tokenizer.vocab_size} ids, but the model's vocabulary has {vocab_size} "
+            "rows: it is another model's tokenizer. Give the right one with --tokenizer-model, or "
+            "leave it out."
+        )
+
+
+def load_run_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a run, to export; None for runs on ids.
+
+    Raises:
+        ConversionError: it is not where it was, cannot be read, or does not fit.
+    """
+    if data.tokenizer_type == "NullTokenizer":
+        return None
+    advice = "Give its path with --tokenizer-model, or --without-tokenizer."
+    if data.tokenizer_model is None:
+        raise ConversionError(f"The run does not say where its tokenizer is. {advice}")
+    try:
+        tokenizer = build_tokenizer(data)
+    except DataError as error:
+        raise ConversionError(f"{error} {advice}") from None
+    check_fit(tokenizer, Path(data.tokenizer_model), vocab_size)
+    return tokenizer
+
+
+def write_tokenizer(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a run's tokenizer as files that transformers loads.
+
+    Raises:
+        ConversionError: a SentencePiece model that has no such form.
+    """
+    assert data.tokenizer_model is not None
+    path = Path(data.tokenizer_model)
+    if data.tokenizer_type == "TikTokenizer":
+        logger.warning("a tiktoken vocabulary has no form that transformers loads: left out")
+    elif data.tokenizer_type == "SentencePieceTokenizer":
+        try:
+            export_tokenizer(path, folder, SAMPLE_TEXTS)
+        except DataError as error:
+            raise ConversionError(f"{error} Or export --without-tokenizer.") from None
+        shutil.copyfile(path, folder / MODEL_FILE)
+    else:
+        _copy_json(path, tokenizer, folder)
+
+
+def _copy_json(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
+    """A tokenizers JSON and what lies beside it."""
+    file = path / JSON_FILE if path.is_dir() else path
+    shutil.copyfile(file, folder / JSON_FILE)
+    for name in _BESIDE_JSON if file.name == JSON_FILE else ():
+        if (file.parent / name).is_file():
+            shutil.copyfile(file.parent / name, folder / name)
+    if not (folder / CONFIG_FILE).is_file():
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.detokenize([tokenizer.eod]),
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Ids for config.json and generation_config.json: what ends a text also pads a batch."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return {
+        "bos_token_id": tokenizer.eod,
+        "eos_token_id": tokenizer.eod,
+        "pad_token_id": tokenizer.eod,
+    }

@@ -1,0 +1,282 @@
+"""Whatever is wrong with a conversion: exit code 2, a reason, no traceback, no folder left."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+
+from tests.unit.convert.conversion import alone, config_of, convert, convert_well
+from tests.unit.convert.stock_models import write_stock_model
+
+INDEX = "model.safetensors.index.json"
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def missing_shard(folder: Path) -> None:
+    shards(folder)[1].unlink()
+
+
+def truncated_shard(folder: Path) -> None:
+    os.truncate(shards(folder)[1], shards(folder)[1].stat().st_size - 100)
+
+
+def no_safetensors(folder: Path) -> None:
+    shards(folder)[0].write_text("<html>not found</html>")
+
+
+def index_of_another_model(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    other = next(file for file in index["weight_map"].values() if file != index["weight_map"][name])
+    index["weight_map"][name] = other
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def index_that_leaves_the_folder(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def broken_index(folder: Path) -> None:
+    (folder / INDEX).write_text("{")
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | changes))
+
+
+def wrong_shape(folder: Path) -> None:
+    change_config(folder, intermediate_size=96)
+
+
+def missing_layer(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=5)
+
+
+def superfluous_layer(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=3)
+
+
+def tied_and_not(folder: Path) -> None:
+    change_config(folder, tie_word_embeddings=True)
+
+
+def unknown_architecture(folder: Path) -> None:
+    change_config(folder, model_type="mamba")
+
+
+def missing_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama",')
+
+
+def code_of_its_own(folder: Path) -> None:
+    (folder / "modeling_x.py").write_text("raise SystemExit('was run')")
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+
+
+def as_bin(folder: Path, content: object) -> None:
+    for path in (*shards(folder), folder / INDEX):
+        path.unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, ("/tmp/megatron_ponder_was_unpickled",))
+
+
+def pickled_code(folder: Path) -> None:
+    as_bin(folder, {"model.norm.weight": Malicious()})
+
+
+def old_pickle(folder: Path) -> None:
+    as_bin(folder, {})
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Malicious()}))
+
+
+def no_weights(folder: Path) -> None:
+    for path in (*shards(folder), folder / INDEX):
+        path.unlink()
+
+
+def quantised(folder: Path) -> None:
+    whole = load_file(shards(folder)[0])
+    save_file({name: t.to(torch.int8) for name, t in whole.items()}, shards(folder)[0])
+
+
+def large_tokenizer(folder: Path) -> None:
+    vocabulary = {f"token{i}": i for i in range(200)} | {"</s>": 200}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="token0")).save(str(folder / "tokenizer.json"))
+
+
+BAD_FOLDERS: dict[Callable[[Path], None], str] = {
+    missing_shard: "weight files are missing: model-00002",
+    truncated_shard: "no complete safetensors file",
+    no_safetensors: "no complete safetensors file",
+    index_of_another_model: "which model.safetensors.index.json says is there",
+    index_that_leaves_the_folder: "names files outside of the folder",
+    broken_index: "no index of weight files",
+    wrong_shape: "has shape [88, 32], must have [96, 32]",
+    missing_layer: "model.layers.4.input_layernorm.weight is missing",
+    superfluous_layer: "model.layers.3.input_layernorm.weight has no place in the model",
+    tied_and_not: "lm_head.weight is not model.embed_tokens.weight",
+    unknown_architecture: "model_type 'mamba' is not supported",
+    missing_config: "there is no config.json",
+    broken_config: "cannot be read",
+    code_of_its_own: "comes with code of its own",
+    pickled_code: "Only files that torch loads with weights_only are read",
+    old_pickle: "cannot be read",
+    no_weights: "there is neither model.safetensors nor",
+    quantised: "Quantised weights cannot be converted",
+    large_tokenizer: "has 201 ids, but the model's vocabulary has 101",
+}
+
+
+def import_bad_folders(folder: Path) -> dict[str, tuple[int, str, list[str]]]:
+    """By name of the damage: exit code, what was printed, and what is left beside the source."""
+    found = {}
+    for damage in BAD_FOLDERS:
+        here = folder / damage.__name__
+        write_stock_model("llama", here / "source", max_shard_size="100KB")
+        damage(here / "source")
+        code, printed = convert(
+            "import", "--hf-path", str(here / "source"), "--save", str(here / "result")
+        )
+        found[damage.__name__] = (code, printed, sorted(path.name for path in here.iterdir()))
+    return found
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    found = alone(import_bad_folders, tmp_path)
+    for damage, reason in BAD_FOLDERS.items():
+        code, printed, left = found[damage.__name__]
+        assert code == 2 and reason in printed, (damage, printed)
+        assert "Traceback" not in printed and left == ["source"], (damage, left)
+    assert not Path("/tmp/megatron_ponder_was_unpickled").exists()
+
+
+def targets(folder: Path) -> None:
+    """What is there stays, unless --overwrite; and until the new one is complete."""
+    write_stock_model("gpt2", folder / "source")
+    save = folder / "checkpoint"
+    flags = ("import", "--hf-path", str(folder / "source"), "--save", str(save))
+    save.mkdir()
+    convert_well(*flags)  # an empty folder is as good as none
+    (save / "mine").write_text("precious")
+    code, printed = convert(*flags)
+    assert code == 2 and "is there and not empty" in printed
+    (folder / "source" / "config.json").rename(folder / "config.json")
+    assert convert(*flags, "--overwrite")[0] == 2
+    assert (save / "mine").read_text() == "precious"
+    (folder / "config.json").rename(folder / "source" / "config.json")
+    convert_well(*flags, "--overwrite")
+    assert not (save / "mine").exists()
+    for target, reason in ((folder, "holds"), (folder / "source", "holds")):
+        code, printed = convert(*flags[:3], "--save", str(target), "--overwrite")
+        assert code == 2 and reason in printed
+    (folder / "file").write_text("")
+    code, printed = convert(*flags[:3], "--save", str(folder / "file"), "--overwrite")
+    assert code == 2 and "is a file" in printed
+    code, printed = convert(*flags[:3], "--save", str(folder / "file" / "below"))
+    assert code == 2 and "Traceback" not in printed
+    export = ("export", "--load", str(save), "--hf-path")
+    code, printed = convert(*export, str(folder / "out"))
+    assert code == 2 and "--without-tokenizer" in printed
+    code, printed = convert(*export, str(save), "--without-tokenizer", "--overwrite")
+    assert code == 2 and "holds" in printed
+    code, printed = convert("export", "--load", str(folder / "source"), "--hf-path", "x")
+    assert code == 2 and "holds no checkpoint" in printed
+    names = {"source", "checkpoint", "file"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_targets(tmp_path: Path) -> None:
+    alone(targets, tmp_path)
+
+
+def foreign_code(folder: Path) -> dict[str, tuple[int, str]]:
+    """Code that comes with a folder: refused, run where asked, or not looked at."""
+    os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
+    write_stock_model("llama", folder / "source")
+    (folder / "source" / "modeling_x.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaForCausalLM\n"
+        f"Path({str(folder / 'was_run')!r}).touch()\n\n\nclass X(LlamaForCausalLM):\n    pass\n"
+    )
+    change_config(folder / "source", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    found = {}
+    for flag in ("--no-verify", "--trust-remote-code"):
+        assert not (folder / "was_run").exists()
+        flags = ("--hf-path", str(folder / "source"), "--save", str(folder / flag))
+        found[flag] = convert("import", *flags, flag)
+    assert (folder / "was_run").exists()
+    return found
+
+
+def test_foreign_code(tmp_path: Path) -> None:
+    found = alone(foreign_code, tmp_path)
+    assert [code for code, _ in found.values()] == [0, 0], found
+    assert "was not compared" in found["--no-verify"][1]
+    assert "largest difference of logits" in found["--trust-remote-code"][1]
+
+
+def full_disk(folder: Path) -> Iterator[tuple[int, str]]:
+    """Writing fails behind 60 kB of a file: with an error that names no file."""
+    write_stock_model("llama", folder / "source")
+    convert_well("import", "--hf-path", str(folder / "source"), "--save", str(folder / "good"))
+    results = []
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+    for command in (
+        ("import", "--hf-path", str(folder / "source"), "--save", str(folder / "bad")),
+        ("export", "--load", str(folder / "good"), "--hf-path", str(folder / "bad"))
+        + ("--without-tokenizer",),
+    ):
+        results.append(convert(*command))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    return results
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    for code, printed in alone(full_disk, tmp_path):
+        assert code == 2 and "cannot be written: File too large" in printed, printed
+        assert "Traceback" not in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "good"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(tmp_path: Path) -> None:
+    write_stock_model("gpt2", tmp_path / "source")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    flags = ("--hf-path", str(tmp_path / "source"), "--save", str(tmp_path / "locked" / "result"))
+    code, printed = alone(convert, "import", *flags)
+    assert code == 2 and "Permission denied" in printed
+
+
+def test_flags() -> None:
+    """Also that --help needs no torch, which tests/e2e/test_convert.py measures."""
+    for arguments, reason in (
+        (["no-such-command"], "must come first: import, export"),
+        (["export", "--load", "x", "--hf-path", "y", "--max-shard-size", "0GB"], "0GB: must be"),
+        (["export", "--load", "x", "--hf-path", "y", "--max-shard-size", "5 apples"], "must be"),
+        (["export", "--load", "x", "--hf-path", "y", "--ckpt-step", "-1"], "--ckpt-step -1"),
+    ):
+        code, printed = convert(*arguments)
+        assert code == 2 and reason in printed, printed
