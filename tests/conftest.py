@@ -1,8 +1,20 @@
-"""What tests of several kinds share: one small tokenizer."""
+"""What tests of several kinds share: one small tokenizer, and Triton's interpreter without CUDA.
 
-import pytest
+Triton decides when it is imported whether its kernels are compiled or interpreted, and
+megatron-core imports it. So the variable is set before anything else is, for this process and the
+ranks that it starts. It does not make anything use Triton: on CPU `--kernels auto` is torch.
+"""
 
-from tests.unit.data import corpora
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+from tests.unit.data import corpora  # noqa: E402
 
 
 @pytest.fixture(scope="session")

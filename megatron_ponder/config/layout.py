@@ -87,6 +87,55 @@ def shard_problems(config: RunConfig) -> Iterator[str]:
     yield from _recomputed_layers(config)
 
 
+def backend_problems(config: RunConfig) -> Iterator[str]:
+    """Backends that do not go with each other or with the rest of the run."""
+    backend, parallel = config.backend, config.parallel
+    if backend.loss_chunk_tokens is not None and not backend.cross_entropy_loss_fusion:
+        yield "--loss-chunk-tokens needs --cross-entropy-loss-fusion."
+    if parallel.context_parallel_size > 1:
+        given = (backend.attention_backend, parallel.context_parallel_attention)
+        if given in (
+            ("te", "gather"),
+            ("sdpa", "transformer_engine"),
+            ("flash", "transformer_engine"),
+        ):
+            yield (
+                f"--attention-backend {given[0]} with --context-parallel-attention {given[1]}: "
+                "over shared sequences te is transformer_engine, and sdpa and flash are gather."
+            )
+    if backend.fp8_format is not None:
+        yield from _fp8_problems(config)
+
+
+def _fp8_problems(config: RunConfig) -> Iterator[str]:
+    """Products in fp8 are TransformerEngine's, and take widths of 16 and rows of 8."""
+    model, backend, parallel = config.model, config.backend, config.parallel
+    flag = f"--fp8-format {backend.fp8_format}"
+    if not config.training.bf16:
+        yield f"{flag} needs --bf16."
+    if backend.transformer_impl == "local":
+        yield f"{flag} needs --transformer-impl transformer_engine (or auto)."
+    assert model.kv_channels is not None and model.num_query_groups is not None
+    assert model.ffn_hidden_size is not None
+    size = parallel.tensor_model_parallel_size
+    attention_width = model.num_attention_heads * model.kv_channels
+    widths = {
+        "--hidden-size": model.hidden_size,
+        "the queries' width over tensor-parallel ranks": attention_width // size,
+        "the keys' width over tensor-parallel ranks": (
+            model.num_query_groups * model.kv_channels // size
+        ),
+        "--ffn-hidden-size over tensor-parallel ranks": model.ffn_hidden_size // size,
+    }
+    for name, width in widths.items():
+        if width % 16:
+            yield f"{flag}: {name} is {width}, not a multiple of 16."
+    rows = config.data.seq_length // parallel.context_parallel_size
+    rows *= config.training.micro_batch_size
+    if rows % 8:
+        yield f"{flag}: {rows} tokens of a micro-batch on a rank are not a multiple of 8."
+
+
 def _sequence_shards(config: RunConfig) -> Iterator[str]:
     """The sequence over context-parallel ranks, and each shard over tensor-parallel ones."""
     parallel, length = config.parallel, config.data.seq_length

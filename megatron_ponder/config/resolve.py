@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_ponder.config.layout import (
+    backend_problems,
     batch_problems,
     data_parallel_size,
     flag_of,
@@ -43,6 +44,7 @@ def resolve(
         problems = [
             *_shape(config.model),
             *shard_problems(config),
+            *backend_problems(config),
             *_vocabulary(config.model, tokenizer_vocab_size),
             *_method(config),
             *batch_problems(config, world_size),
@@ -113,6 +115,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "jacobi_grad_passes",
         "interpolation_topk",
         "recompute_num_layers",
+        "loss_chunk_tokens",
         "distributed_timeout_minutes",
         "seq_length",
         "train_iters",

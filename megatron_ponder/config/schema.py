@@ -256,6 +256,33 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """By which implementation things are computed; none of it changes what is computed."""
+
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Operations that torch has no fused form of: composed (the reference), or Triton's kernels.
+    auto: Triton on CUDA where it is installed, else torch."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linear layers and norms: megatron-core's on torch, or TransformerEngine's. auto:
+    TransformerEngine's with --fp8-format, else megatron-core's."""
+    attention_backend: Literal["auto", "sdpa", "flash", "te"] = "auto"
+    """Attention: torch's (on Hopper cuDNN's kernel where it runs), flash-attn's, or
+    TransformerEngine's. auto: TransformerEngine's with its layers, else torch's."""
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    """Multiply in fp8, each tensor scaled by its own largest entry (TransformerEngine's current
+    scaling): forward e4m3, gradients e5m2 (hybrid), or e4m3 both. None: in the run's precision."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to their fp32 sums within the product that makes them: by apex's module,
+    else by torch."""
+    cross_entropy_loss_fusion: bool = False
+    """Compute output layer and loss together, a part of the tokens at a time: the logits of all
+    tokens are never there, and the product that makes them is computed again in the backward."""
+    loss_chunk_tokens: int | None = None
+    """--cross-entropy-loss-fusion: tokens (of a micro-batch) in each part. None: as many as have
+    256 MiB of logits on a rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -329,6 +356,7 @@ class RunConfig:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    backend: BackendConfig = dataclasses.field(default_factory=BackendConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)

@@ -53,6 +53,7 @@ from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.model.specs import layer_spec
 from megatron_ponder.model.transformer_config import build_transformer_config
 from megatron_ponder.ponder.method import load_method
+from megatron_ponder.runtime.backends import REFERENCE
 from megatron_ponder.runtime.distributed import process_groups
 
 MAX_FILE_BYTES = 5 * 10**8
@@ -83,14 +84,14 @@ class Piece:
 
 def build_bare_model(config: RunConfig) -> PonderGPTModel:
     """A run's whole model with weights that are not set. Needs the groups of one process."""
-    transformer_config = build_transformer_config(config)
+    transformer_config = build_transformer_config(config, REFERENCE)
     # Also because fake tensors and random generators do not go together.
     transformer_config.perform_initialization = False
     return PonderGPTModel(
         transformer_config,
         shape=config.model,
         method=load_method(config.method),
-        layer_spec=layer_spec(config),
+        layer_spec=layer_spec(config, REFERENCE),
         pg_collection=process_groups(),
     )
 

@@ -8,12 +8,19 @@ For a head's first 2r channels, x = (x1, x2) of r channels each, at angle a[t, i
 and the other channels unchanged. The backward is the rotation by -a. Written as one function with
 its own backward, from the joint projection to queries, keys and values, because composed from
 slices and concatenations it copies each query and key about six times.
+
+With Triton the rotation happens in the projection's output, and queries, keys and values are views
+of it: of q + k + v elements the rotated ones of q + k are read and written once, forward, and all
+are read and written once, backward. The table then has a row per token in fp32, which all stages
+read; in torch it has a row per slot, in the run's dtype.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_ponder.kernels.dispatch import uses_triton
 
 
 def rotary_table(angles: Tensor, num_stages: int, dtype: torch.dtype) -> Tensor:
@@ -22,13 +29,16 @@ def rotary_table(angles: Tensor, num_stages: int, dtype: torch.dtype) -> Tensor:
     Args:
         angles: fp32 [s, 1, 1, 2r], from megatron-core's RotaryEmbedding (both halves are equal).
         num_stages: slots per token, which share its angles.
-        dtype: of the table.
+        dtype: of the table in torch.
 
     Returns:
-        [2, s * num_stages, 1, 1, r]: cosines, then sines.
+        [2, s * num_stages, 1, 1, r]: cosines, then sines; with Triton fp32 [2, s, 1, 1, r].
     """
     half = angles[..., : angles.size(-1) // 2]
-    table = torch.stack((half.cos(), half.sin())).to(dtype)
+    table = torch.stack((half.cos(), half.sin()))
+    if uses_triton():
+        return table
+    table = table.to(dtype)
     return table.repeat_interleave(num_stages, dim=1)
 
 
@@ -37,13 +47,20 @@ def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tenso
 
     Args:
         mixed: [slots, b, groups, (n + 2) * d]; each group holds its n queries, its key, its value.
-        table: [2, slots, 1, 1, r] from `rotary_table`, 2r <= d, in mixed's dtype.
+            With Triton it is overwritten.
+        table: from `rotary_table`, 2r <= d; or [2, slots, b, 1, r] with rows of its own for each
+            sequence, where sequences are at different positions.
         head_dim: d.
 
     Returns:
         Queries [slots, b, groups * n, d], keys and values [slots, b, groups, d]; in memory each is
-        [b, heads, slots, d], which attention reads fastest.
+        [b, heads, slots, d], which attention on CPU reads fastest; with Triton they stay in
+        `mixed`.
     """
+    if uses_triton():
+        from megatron_ponder.kernels.triton import rotary
+
+        return rotary.split_and_rotate(mixed, table, head_dim)
     return _SplitAndRotate.apply(mixed.unflatten(-1, (-1, head_dim)), table)
 
 

@@ -5,6 +5,8 @@ take positions too, and token embeddings are scaled before they do, so the two a
 Names of parameters are megatron-core's.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -13,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ponder.kernels.dispatch import uses_triton
+from megatron_ponder.kernels.interleave import embed_and_interleave
 from megatron_ponder.model.context_parallel import local_shard
 
 
@@ -52,7 +56,8 @@ class PonderEmbedding(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
-        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+        self.word_embeddings = ScaledEmbedding(
+            scale=scale,
             num_embeddings=vocab_size,
             embedding_dim=config.hidden_size,
             init_method=config.embedding_init_method,
@@ -60,7 +65,6 @@ class PonderEmbedding(MegatronModule):
             config=config,
             tp_group=self.tp_group,
         )
-        self.scale = scale
         self.position_embeddings: LearnedPositions | None = None
         if num_positions is not None:
             self.position_embeddings = LearnedPositions(config, num_positions, pg_collection)
@@ -75,10 +79,6 @@ class PonderEmbedding(MegatronModule):
             [s, b, h]; under sequence parallelism this rank's contiguous [s / tp, b, h].
         """
         embeddings = self.word_embeddings(tokens)
-        if not self.config.sequence_parallel:
-            embeddings = embeddings.transpose(0, 1).contiguous()
-        if self.scale is not None:
-            embeddings = embeddings * self.scale
         if self.training and self.config.hidden_dropout > 0:
             embeddings = self._dropout(embeddings)
         return embeddings
@@ -106,6 +106,42 @@ class PonderEmbedding(MegatronModule):
             return F.dropout(embeddings, p=self.config.hidden_dropout)
         with tensor_parallel.get_cuda_rng_tracker().fork():
             return F.dropout(embeddings, p=self.config.hidden_dropout)
+
+
+class ScaledEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """megatron-core's embedding, times a factor, laid out as the layers take it.
+
+    With Triton's kernels look-up, factor and layout are one pass over memory, and rows of other
+    ranks are left out on the way.
+
+    Args:
+        scale: factor; None: 1.
+        more: VocabParallelEmbedding's.
+    """
+
+    def __init__(self, *, scale: float | None, **more: Any) -> None:
+        super().__init__(**more)
+        self.scale = scale
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Tokens int64 [b, s] -> [s, b, h], this rank's [s / tp, b, h] under SP."""
+        if uses_triton():
+            return self._look_up(input_)
+        embeddings = super().forward(input_)
+        if not self.reduce_scatter_embeddings:
+            embeddings = embeddings.transpose(0, 1).contiguous()
+        return embeddings if self.scale is None else embeddings * self.scale
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        """The same; of all ranks exactly one has a row that is not zero, so that sums are exact."""
+        rows = embed_and_interleave(
+            tokens, self.weight, None, scale=self.scale, first_row=self.vocab_start_index
+        )
+        if self.reduce_scatter_embeddings:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(
+                rows, group=self.tp_group
+            )
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
 
 
 class LearnedPositions(torch.nn.Module):

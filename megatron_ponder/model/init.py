@@ -30,9 +30,11 @@ def initialize_weights(model: PonderGPTModel, config: RunConfig) -> None:
     """Draw all weights of `model` (this rank's shards) in place."""
     scheme = config.model.init_method or model.method.default_init_method
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
+        # Norms by themselves, or within TransformerEngine's linear layers (layer_norm_weight).
+        module, kind = name.rsplit(".", 2)[-2:]
+        if kind.endswith("bias"):
             parameter.zero_()
-        elif "norm" in name.rsplit(".", 2)[-2]:
+        elif "norm" in module or kind == "layer_norm_weight":
             parameter.fill_(1.0)
         else:
             name = name_in_whole_model(name, model)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_ponder.model.norm import norm_kept
 from megatron_ponder.model.stages import keep_stages
 
 OutputAndBias = tuple[Tensor, Tensor | None]
@@ -102,7 +103,7 @@ class ParallelResidualLayer(SequentialResidualLayer):
         attention = self.self_attention(
             self.input_layernorm(hidden_states), kept, rotary_pos_emb=rotary_pos_emb
         )
-        hidden_states = keep_stages(hidden_states, kept)
-        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        with_attention = add(attention, hidden_states, self.hidden_dropout)
+        mlp = self.mlp(norm_kept(self.pre_mlp_layernorm, hidden_states, kept))
+        residual = keep_stages(hidden_states, kept)
+        with_attention = add(attention, residual, self.hidden_dropout)
         return add(mlp, with_attention, self.hidden_dropout), None

@@ -39,6 +39,7 @@ from megatron_ponder.model.embedding import (
 from megatron_ponder.model.embedding_copy import EmbeddingCopy, mark_as_replicated
 from megatron_ponder.model.mixture import mix_embeddings
 from megatron_ponder.model.norm import Norm
+from megatron_ponder.model.output_layer import OutputLayer
 from megatron_ponder.model.padded_vocab import mask_padded_columns
 from megatron_ponder.model.rotary_frequencies import build_rotary_embedding
 from megatron_ponder.model.stages import kept_stages
@@ -59,6 +60,7 @@ class PonderGPTModel(LanguageModule):
         post_process: whether this stage holds the final norm and the output layer.
         vp_stage: which of the rank's layer chunks this is; None where a rank has one.
         recompute_passes: whether each pass but the last is computed again in the backward.
+        loss_chunk_tokens: see `linear_cross_entropy`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class PonderGPTModel(LanguageModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         recompute_passes: bool = False,
+        loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.vp_stage = vp_stage
@@ -122,9 +125,12 @@ class PonderGPTModel(LanguageModule):
         )
         if post_process:
             self.final_norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            assert shape.vocab_size is not None
+            self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocab_size,
+                vocab_size=shape.vocab_size,
+                loss_chunk_tokens=loss_chunk_tokens,
                 config=config,
                 init_method=config.init_method,
                 bias=False,
@@ -136,6 +142,17 @@ class PonderGPTModel(LanguageModule):
             )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+        if post_process and config.gradient_accumulation_fusion and method.plan(1).mixes_embeddings:
+            self._use_weights_fused_and_unfused()
+
+    def _use_weights_fused_and_unfused(self) -> None:
+        """Let gradients that autograd brings be added to those that products have added.
+
+        A mixture reads the output layer's weight by the layer, and by itself where it is tied or
+        the loss is fused. megatron-core forgets autograd's part of a weight without this mark.
+        """
+        tied = self._tied_weight()
+        setattr(self.output_layer.weight if tied is None else tied, "zero_out_wgrad", True)
 
     def forward(self, tokens: Tensor, labels: Tensor | None, plan: PassPlan) -> Tensor:
         """Run all passes of `plan` on a rank that has all layers.
@@ -348,19 +365,24 @@ class PonderGPTModel(LanguageModule):
 
     def compute_output(self, read: Tensor, labels: Tensor | None) -> Tensor:
         """Logits, or the loss of each token; see `forward`. `read` is [s, b, h]."""
+        if labels is not None and self.config.cross_entropy_loss_fusion:
+            # [b, s] -> [s, b], and the losses back
+            losses = self.output_layer(read, self._tied_weight(), labels=labels.t())
+            return losses.t().contiguous()
         logits = self.compute_logits(read)
         if labels is None:
             return logits.transpose(0, 1)
         return self.compute_language_model_loss(labels, logits)
 
+    def _tied_weight(self) -> Tensor | None:
+        """The output layer's weight where it is the embedding's; None where it has its own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return None
+
     def compute_logits(self, read: Tensor) -> Tensor:
         """The output layer: [slots, b, h] (local) -> [slots, b, padded vocabulary / tp]."""
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else None
-        )
-        logits, _ = self.output_layer(read, weight=weight)
+        logits, _ = self.output_layer(read, self._tied_weight())
         assert self.shape.vocab_size is not None
         return mask_padded_columns(logits, self.shape.vocab_size, self.pg_collection.tp)
 
@@ -370,7 +392,13 @@ class PonderGPTModel(LanguageModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """As megatron-core's GPTModel: the final norm is stored as the decoder's."""
+        """As megatron-core's GPTModel: the final norm is stored as the decoder's.
+
+        TransformerEngine's attention would ask for a state that other attention does not save, and
+        that is empty without delayed scaling.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for key in [key for key in state if key.endswith("core_attention._extra_state")]:
+            del state[key]
         apply_prefix_mapping(state, {f"{prefix}final_norm.": f"{prefix}decoder.final_layernorm."})
         return state

@@ -19,5 +19,10 @@ def keep_stages(hidden: Tensor, kept: Tensor | None) -> Tensor:
     """[s * stages, b, h] -> [s * kept stages, b, h]; all of it where `kept` is None."""
     if kept is None:
         return hidden
+    return select_stages(hidden, *stages_of(kept))
+
+
+def stages_of(kept: Tensor) -> tuple[int, range]:
+    """Slots per token, and which of them are read."""
     num_stages, first, end = kept.tolist()
-    return select_stages(hidden, num_stages, range(first, end))
+    return num_stages, range(first, end)

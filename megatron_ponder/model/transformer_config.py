@@ -5,10 +5,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import Fp8Recipe
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.runtime.backends import Backends
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -17,11 +20,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def build_transformer_config(config: RunConfig) -> TransformerConfig:
+def build_transformer_config(config: RunConfig, backends: Backends) -> TransformerConfig:
     """The TransformerConfig of a resolved run."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     num_layer_chunks = parallel.num_virtual_stages_per_pipeline_rank
+    has_fp8 = backends.transformer_impl == "transformer_engine"
     recomputes_layers = config.training.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -55,6 +59,17 @@ def build_transformer_config(config: RunConfig) -> TransformerConfig:
         recompute_granularity="full" if recomputes_layers else None,
         recompute_method=config.training.recompute_method if recomputes_layers else None,
         recompute_num_layers=config.training.recompute_num_layers if recomputes_layers else None,
+        fp8=config.backend.fp8_format if has_fp8 else None,
+        # Delayed scaling would update its history of largest entries once per pass.
+        fp8_recipe=Fp8Recipe.tensorwise,
+        gradient_accumulation_fusion=backends.weight_gradient != "none",
+        # TransformerEngine overwrites a gradient in what it takes for the first micro-batch, and
+        # the backward runs the first pass last. Without this cache it always adds.
+        disable_parameter_transpose_cache=True,
+        # TransformerEngine's own choice could fall back to a kernel that keeps all scores.
+        attention_backend=AttnBackend.fused if backends.attention == "te" else AttnBackend.auto,
+        # Read by our model: megatron-core's own fusion still makes the logits of all tokens.
+        cross_entropy_loss_fusion=config.backend.cross_entropy_loss_fusion,
         # Gradients are summed over tokens and divided once by their number in the whole batch.
         calculate_per_token_loss=True,
         # Weights are drawn by parameter name in model.init. megatron-core's initialisation has to

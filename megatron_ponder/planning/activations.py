@@ -15,7 +15,8 @@ width, f MLP width, f' width before the activation; all local to the rank):
 
 R = S in all layers but the model's last. Sequence parallelism divides the tensors of width h over
 the tensor-parallel ranks; the other widths are local already. Behind the last layer: the final
-norm's input and, in the last pass, the head's input and the softmax in fp32.
+norm's input and, in the last pass, the head's input and the softmax in fp32 (none with the fused
+loss).
 
 Kept in the dtype of the run, unless said otherwise. torch's RMSNorm in bf16 on CPU keeps two fp32
 copies more, which CUDA's fused one does not: not counted. Dropout keeps a byte per element
@@ -25,6 +26,7 @@ copies more, which CUDA's fused one does not: not counted. Dropout keeps a byte 
 import dataclasses
 
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.model.linear_cross_entropy import MAX_CHUNK_BYTES
 from megatron_ponder.planning.shards import FP32_BYTES, Shards, shards_of
 from megatron_ponder.ponder.chunks import Chunk
 from megatron_ponder.ponder.plan import Pass
@@ -128,10 +130,22 @@ class ActivationCounter:
         return self.hidden_bytes(read) + self._statistics_bytes(read)
 
     def head_bytes(self) -> int:
-        """Output layer and loss: its input, the softmax, masks and targets."""
+        """Output layer and loss: its input, the softmax, masks and targets.
+
+        The fused loss keeps a number per token instead of the softmax.
+        """
         size = self.shards
+        if self.config.backend.cross_entropy_loss_fusion:
+            return self.hidden_bytes(1) + self.rows(1) * (FP32_BYTES + INT64_BYTES)
         softmax = self.rows(1) * size.vocab_rows * FP32_BYTES
         return self.hidden_bytes(1) + softmax + self.rows(1) * (MASK_BYTES + INT64_BYTES)
+
+    def loss_chunk_rows(self) -> int:
+        """Rows of logits that the fused loss makes at a time."""
+        size = self.shards
+        given = self.config.backend.loss_chunk_tokens
+        fitting = max(1, MAX_CHUNK_BYTES // (size.vocab_rows * size.element_bytes))
+        return min(self.rows(1), given or fitting)
 
     def mixture_bytes(self, pass_: Pass) -> int:
         """A mixture of embeddings: the output layer's input, the probabilities, the mixture."""

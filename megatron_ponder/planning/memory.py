@@ -377,7 +377,27 @@ class _StagePeak:
         logits = counter.rows(1) * size.vocab_rows
         weight = size.vocab_rows * size.hidden_size * size.element_bytes
         products = weight + counter.hidden_bytes(1) * size.sequence_shards
+        if self.config.backend.cross_entropy_loss_fusion:
+            return self._fused_loss_backward_bytes(products)
         if size.element_bytes == FP32_BYTES:
             return products
         in_bf16 = logits * size.element_bytes
         return max(in_bf16, in_bf16 + products - logits * FP32_BYTES)
+
+    def _fused_loss_backward_bytes(self, products: int) -> int:
+        """A chunk's logits, and gradients of weight and input.
+
+        In bf16 with several chunks the weight's gradient is there in fp32 too. Triton's kernel
+        works in place; torch in bf16 makes a softmax in fp32 besides.
+        """
+        size, counter = self.counter.shards, self.counter
+        rows = counter.loss_chunk_rows()
+        gathered = counter.hidden_bytes(1) * size.sequence_shards if size.sequence_shards > 1 else 0
+        chunk = rows * size.vocab_rows * size.element_bytes
+        in_fp32 = 0
+        if size.element_bytes < FP32_BYTES:
+            is_composed = self.config.backend.kernels == "torch"
+            in_fp32 += rows * size.vocab_rows * FP32_BYTES * is_composed
+            if rows < counter.rows(1):
+                in_fp32 += size.vocab_rows * size.hidden_size * FP32_BYTES
+        return products + gathered + chunk + in_fp32

@@ -1,10 +1,162 @@
-"""What this machine has of the libraries that exist on GPU clusters only."""
+"""What this machine has: devices, and libraries that exist on GPU clusters only.
 
+The one place that looks for CUDA, TransformerEngine, apex, Triton, flash-attn and Liger, and the
+only one of ours that imports TransformerEngine and apex to see whether they work; where they are
+installed, megatron-core imports them too, whatever a run asks for, and changes its defaults.
+`find_capabilities` looks once; what to do with what it finds is `runtime.backends`'s.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
 import importlib.util
+import os
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+NOT_INSTALLED = "not installed"
+NEEDS_CUDA = "needs a CUDA device"
 
 
-def has_transformer_engine() -> bool:
-    """Whether TransformerEngine is installed and could run: it needs a CUDA device."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Library:
+    """A library that may be there."""
+
+    version: str | None = None
+    """None: not installed."""
+    problem: str | None = NOT_INSTALLED
+    """Why it cannot be used here; None: it can."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be used."""
+        return self.problem is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Everything that a choice of backend depends on. Frozen, so that choices are pure."""
+
+    torch: str
+    """torch's version."""
+    megatron_core: str
+    """megatron-core's version."""
+    device_name: str | None = None
+    """The CUDA device of this rank; None: there is none."""
+    compute_capability: tuple[int, int] | None = None
+    """Of that device; Hopper is (9, 0)."""
+    cuda: str | None = None
+    """CUDA version that torch was built for."""
+    cudnn: str | None = None
+    """cuDNN that torch loaded."""
+    nccl: str | None = None
+    """NCCL that torch was built with."""
+    attends_with_cudnn: str | None = NEEDS_CUDA
+    """Why torch's attention cannot use cuDNN; None: a small one ran."""
+    transformer_engine: Library = Library()
+    apex: Library = Library()
+    apex_weight_gradient: Library = Library()
+    """apex's module that adds weight gradients up in its product."""
+    triton: Library = Library()
+    interprets_triton: bool = False
+    """TRITON_INTERPRET is set: kernels run in Triton's interpreter, for tests on CPU."""
+    flash_attention: Library = Library()
+    liger: Library = Library()
+
+    @property
+    def has_cuda(self) -> bool:
+        """Whether there is a CUDA device."""
+        return self.device_name is not None
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether the device multiplies in fp8 (Ada, Hopper and later)."""
+        return self.compute_capability is not None and self.compute_capability >= (8, 9)
+
+
+@functools.cache
+def find_capabilities() -> Capabilities:
+    """Look at this process's machine, once."""
+    on_cpu = Capabilities(
+        torch=torch.__version__,
+        megatron_core=importlib.metadata.version("megatron-core"),
+        triton=_triton(),
+        interprets_triton=_interprets_triton(),
+        transformer_engine=_imported("transformer_engine", "transformer_engine.pytorch"),
+        apex=_apex(),
+        apex_weight_gradient=_imported("apex", "fused_weight_gradient_mlp_cuda"),
+        flash_attention=_imported("flash_attn", "flash_attn"),
+        liger=_imported("liger_kernel", "liger_kernel"),
+    )
+    if not torch.cuda.is_available():
+        return on_cpu
+    version = torch.backends.cudnn.version()
+    return dataclasses.replace(
+        on_cpu,
+        device_name=torch.cuda.get_device_name(),
+        compute_capability=torch.cuda.get_device_capability(),
+        cuda=torch.version.cuda,
+        cudnn=None if version is None else str(version),
+        nccl=".".join(map(str, torch.cuda.nccl.version())),
+        attends_with_cudnn=_problem_of_cudnn_attention(),
+    )
+
+
+def _interprets_triton() -> bool:
+    """As Triton itself reads its variable."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton() -> Library:
+    """Triton is usable on CUDA, and in its interpreter anywhere."""
+    if importlib.util.find_spec("triton") is None:
+        return Library()
+    usable = torch.cuda.is_available() or _interprets_triton()
+    return Library(version=_version_of("triton"), problem=None if usable else NEEDS_CUDA)
+
+
+def _apex() -> Library:
+    """apex, of which a build without its CUDA parts is worse than none."""
+    found = _imported("apex", "apex.optimizers")
+    if not found.is_usable:
+        return found
+    parts = _imported("apex", "amp_C")
+    if parts.is_usable:
+        return found
+    return Library(version=found.version, problem="built without its CUDA parts (amp_C)")
+
+
+def _imported(package: str, module: str) -> Library:
+    """A library of which `module` must import; without CUDA it is not tried."""
+    if importlib.util.find_spec(package) is None:
+        return Library()
+    version = _version_of(package)
+    if not torch.cuda.is_available():
+        return Library(version=version, problem=NEEDS_CUDA)
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return Library(version=version, problem=f"import of {module} fails: {error}")
+    return Library(version=version, problem=None)
+
+
+def _version_of(package: str) -> str:
+    """The version of the distribution that has a package."""
+    names = importlib.metadata.packages_distributions().get(package, [])
+    return importlib.metadata.version(names[0]) if names else "unknown"
+
+
+def _problem_of_cudnn_attention() -> str | None:
+    """Why torch's attention fails on cuDNN; tried, since a foreign cuDNN loads and then fails."""
+    shape = (1, 2, 128, 64)
+    query = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    try:
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None

@@ -36,6 +36,7 @@ from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import build_parallel_model
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.runtime.backends import log_choices, use_backends
 from megatron_ponder.runtime.device import device
 from megatron_ponder.runtime.distributed import (
     is_rank_zero,
@@ -68,6 +69,7 @@ def run(config: RunConfig) -> None:
         tokenizer_vocab_size=tokenizer.vocab_size,
     )
     with running(config.parallel, config.training.seed):
+        log_choices(use_backends(config))
         prepare_folder(config)
         checkpoint = find_checkpoint(config.checkpoint)
         num_samples = num_samples_needed(config)
@@ -184,9 +186,6 @@ def _describe(config: RunConfig, trainee: Trainee) -> None:
         torch.__version__,
         platform.python_version(),
     )
-    if here.context_parallel_size > 1:
-        attention = trainee.model.modules[0].decoder.layers[0].self_attention.core_attention
-        logger.info("attention over shared sequences: %s", type(attention).__name__)
     counts = count_parameters(config.model)
     logger.info(
         "parameters: %s", ", ".join(f"{k} {v:,}" for k, v in dataclasses.asdict(counts).items())

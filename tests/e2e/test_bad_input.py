@@ -68,6 +68,19 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "pipeline": ({"pipeline_model_parallel_size": 2}, ["does not divide the 1 ranks"]),
     "a file as folder": ({"save": "{folder}/corpus.jsonl"}, ["corpus.jsonl"]),
     "backend": ({"distributed_backend": "nccl"}, ["nccl", "gloo"]),
+    "layers": (
+        {"transformer_impl": "transformer_engine"},
+        ["--transformer-impl transformer_engine: TransformerEngine not installed", "local"],
+    ),
+    "attention": (
+        {"attention_backend": "flash", "bf16": True},
+        ["--attention-backend flash: flash-attn not installed", "sdpa"],
+    ),
+    "fp8": (
+        {"fp8_format": "hybrid", "bf16": True},
+        ["--fp8-format hybrid: TransformerEngine not installed"],
+    ),
+    "fp8 in fp32": ({"fp8_format": "hybrid"}, ["--fp8-format hybrid needs --bf16"]),
     "missing package": ({"wandb_project": "x"}, ["pip install wandb"]),
 }
 

@@ -77,7 +77,7 @@ def _loss_at_first_stage(model: PonderGPTModel) -> None:
 def _unscaled_embedding(model: PonderGPTModel) -> None:
     """Forget the factor on token embeddings."""
     if model.pre_process:
-        model.embedding.scale = None
+        model.embedding.word_embeddings.scale = None
 
 
 def _carry_of_another_micro_batch(model: PonderGPTModel) -> None:

@@ -17,6 +17,8 @@ GOLDEN_GRADIENT_RELATIVE = 1e-5
 """Of a gradient's largest entry, against the authors' code (tests/golden)."""
 BF16_LOSS_ABSOLUTE = 1e-2
 """bf16 keeps 8 bits: each rounding is up to 0.4%, averaged over a batch; the loss is about 5."""
+FUSED_TRAJECTORY_ABSOLUTE = 2e-5
+"""Of each of twenty losses, kernels on and off in fp32: rounding, carried on by AdamW."""
 WEIGHTS_ABSOLUTE = 1e-5
 """After five AdamW steps with eps 1e-5; a smaller eps amplifies gradients that are noise."""
 

@@ -31,6 +31,7 @@ from megatron_ponder.inference.options import (
 )
 from megatron_ponder.planning.options import PlanOptions
 from megatron_ponder.planning.scaling_options import ScalingOptions
+from megatron_ponder.runtime.diagnosis import DoctorOptions
 from tests.rules.sources import ROOT, tracked_files
 
 OPTIONS = (
@@ -43,6 +44,7 @@ OPTIONS = (
     GenerateBenchmarkOptions,
     PlanOptions,
     ScalingOptions,
+    DoctorOptions,
     PreprocessConfig,
     TokenizerTrainingConfig,
     MergeConfig,

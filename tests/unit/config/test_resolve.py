@@ -150,3 +150,27 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         resolved(global_batch_size=7, micro_batch_size=2, min_lr=1.0, num_query_groups=5)
     assert str(error.value).count("\n  - ") == 3
+
+
+CP2 = {"context_parallel_size": 2}
+FP8 = {"fp8_format": "hybrid", "bf16": True}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"fp8_format": "hybrid"}, "--fp8-format hybrid needs --bf16"),
+        (FP8 | {"transformer_impl": "local"}, "needs --transformer-impl transformer_engine"),
+        (FP8 | {"ffn_hidden_size": 1000}, "--ffn-hidden-size over .* is 1000, not a multiple"),
+        (FP8 | {"seq_length": 100, "max_position_embeddings": 100}, "100 tokens"),
+        ({"loss_chunk_tokens": 5}, "--loss-chunk-tokens needs --cross-entropy-loss-fusion"),
+        (
+            {"attention_backend": "te", "context_parallel_attention": "gather"} | CP2,
+            "te with --context-parallel-attention gather",
+        ),
+    ],
+)
+def test_backends_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(world_size=settings.get("context_parallel_size", 1), **settings)
+    resolved(**FP8)

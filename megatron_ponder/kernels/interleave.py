@@ -1,0 +1,86 @@
+"""Token embeddings and thoughts in one buffer of slots, and the way back.
+
+The references and the dispatch; `ponder.interleave` is what methods call. With n slots per token,
+s tokens, and rows E of the vocabulary from `first_row` on:
+
+    gather       out[t * n]     = scale * E[id_t - first_row]        0 if another rank has the row
+    interleave   out[t * n]     = e_t
+    both         out[t * n + j] = thoughts[t * (n-1) + j - 1]        j = 1..n-1
+    select       out[t * m + i] = hidden[t * n + first + i]          i = 0..m-1
+
+    backward     dE[v]          = scale * sum of dout[t * n] over t with id_t = v, in fp32
+                 de_t           = dout[t * n]
+                 dthoughts[..]  = dout at the thoughts' slots
+                 dhidden        = dout at the slots kept, 0 at the others
+
+The product with the scale is rounded once to the weight's dtype. `embed_and_interleave` does all
+of it in one pass over memory. A forward with several passes looks its tokens up once all the same
+(with no thoughts, n = 1) and calls `interleave` in each pass: reading the embeddings costs as much
+as reading the table, and the table's gradient is then summed once, not in each pass.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ponder.kernels.dispatch import uses_triton
+
+
+def embed_and_interleave(
+    token_ids: Tensor,
+    weight: Tensor,
+    thoughts: Tensor | None,
+    *,
+    scale: float | None,
+    first_row: int,
+) -> Tensor:
+    """Scaled rows of the embedding table, each before its thoughts.
+
+    Args:
+        token_ids: int64 [b, s], ids in the whole vocabulary.
+        weight: this rank's rows, [v / tp, h].
+        thoughts: [s * (n-1), b, h]; None where there are none (n = 1).
+        scale: factor, a number of the weight's dtype; None: 1.
+        first_row: of this rank.
+
+    Returns:
+        [s * n, b, h]; without thoughts zero where the row is another rank's.
+    """
+    if uses_triton():
+        from megatron_ponder.kernels.triton import interleave as kernel
+
+        return kernel.embed_and_interleave(token_ids, weight, thoughts, scale, first_row)
+    rows = token_ids.t() - first_row  # [b, s] -> [s, b]
+    is_mine = (rows >= 0) & (rows < weight.size(0))
+    embeddings = F.embedding(rows.where(is_mine, 0), weight)
+    embeddings = embeddings if scale is None else embeddings * scale
+    embeddings = embeddings * is_mine[..., None]
+    return interleave(embeddings, thoughts)
+
+
+def interleave(token_embeddings: Tensor, thoughts: Tensor | None) -> Tensor:
+    """Token embeddings [s, b, h], each before its thoughts [s * (n-1), b, h]: [s * n, b, h]."""
+    if thoughts is None:
+        return token_embeddings
+    if uses_triton():
+        from megatron_ponder.kernels.triton import interleave as kernel
+
+        return kernel.interleave(token_embeddings, thoughts)
+    s, b, h = token_embeddings.shape
+    # [s*(n-1), b, h] -> [s, n-1, b, h]; joined [s, n, b, h] -> [s*n, b, h]
+    stages = thoughts.view(s, -1, b, h)
+    return torch.cat((token_embeddings.unsqueeze(1), stages), dim=1).view(-1, b, h)
+
+
+def select_stages(hidden: Tensor, num_stages: int, stages: range) -> Tensor:
+    """Consecutive stages of [s * n, b, h]: [s * m, b, h]; `hidden` itself where all are kept."""
+    if len(stages) == num_stages:
+        return hidden
+    if uses_triton():
+        from megatron_ponder.kernels.triton import interleave as kernel
+
+        return kernel.select_stages(hidden, num_stages, stages)
+    _, b, h = hidden.shape
+    # [s*n, b, h] -> [s, m, b, h] -> [s*m, b, h]
+    kept = hidden.view(-1, num_stages, b, h)[:, stages.start : stages.stop]
+    return kept.reshape(-1, b, h)

@@ -1,0 +1,331 @@
+"""Slots from token embeddings and thoughts, and back; see `kernels.interleave`.
+
+Each program moves one row of h. The gradient of the embedding table adds up rows of equal ids
+without atomics, so that it is the same in every run: positions are sorted by id, and a run of
+equal ids is cut at multiples of PIECE. The first kernel sums each piece in fp32, the second the
+pieces of each run, which it writes in the table's dtype. A run of every position, as pause tokens
+make it, is thus summed by many programs; a buffer of [v, h] in fp32 is not needed.
+
+Conditions on a row enter masks as a number of channels: the interpreter makes integers of a block
+of booleans that is joined with a single one, and then refuses them as a mask.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PIECE = tl.constexpr(32)
+
+
+@triton.jit
+def _join(
+    out,
+    tokens,  # rows of embeddings by token, or the table
+    ids,
+    thoughts,
+    scale,
+    num_rows,
+    batch,
+    stages,
+    hidden,
+    IS_TABLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK)
+    inside = channels < hidden
+    slot, in_batch = row // batch, row % batch
+    token, stage = slot // stages, slot % stages
+    source = token * batch + in_batch
+    is_mine = stage == 0
+    if IS_TABLE:
+        source = tl.load(ids + source)
+        is_mine = is_mine & (source >= 0) & (source < num_rows)
+    of_token = channels < tl.where(is_mine, hidden, 0)
+    embedding = tl.load(tokens + source * hidden + channels, mask=of_token, other=0.0)
+    thought_row = (token * (stages - 1) + stage - 1) * batch + in_batch
+    of_thought = channels < tl.where(stage > 0, hidden, 0)
+    thought = tl.load(thoughts + thought_row * hidden + channels, mask=of_thought, other=0.0)
+    value = embedding.to(tl.float32) * scale + thought.to(tl.float32)  # one of them is 0
+    tl.store(out + row * hidden + channels, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part(
+    joined, tokens, thoughts, batch, stages, hidden, HAS_TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK)
+    inside = channels < hidden
+    slot, in_batch = row // batch, row % batch
+    token, stage = slot // stages, slot % stages
+    value = tl.load(joined + row * hidden + channels, mask=inside, other=0.0)
+    if HAS_TOKENS:
+        to = tokens + (token * batch + in_batch) * hidden + channels
+        tl.store(to, value, mask=channels < tl.where(stage == 0, hidden, 0))
+    thought_row = (token * (stages - 1) + stage - 1) * batch + in_batch
+    to = thoughts + thought_row * hidden + channels
+    tl.store(to, value, mask=channels < tl.where(stage > 0, hidden, 0))
+
+
+@triton.jit
+def _select(whole, kept, batch, stages, first, num_kept, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK)
+    inside = channels < hidden
+    slot, in_batch = row // batch, row % batch
+    source = (slot // num_kept * stages + first + slot % num_kept) * batch + in_batch
+    value = tl.load(whole + source * hidden + channels, mask=inside, other=0.0)
+    tl.store(kept + row * hidden + channels, value, mask=inside)
+
+
+@triton.jit
+def _unselect(whole, kept, batch, stages, first, num_kept, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK)
+    slot, in_batch = row // batch, row % batch
+    number = slot % stages - first
+    num_channels = tl.where((number >= 0) & (number < num_kept), hidden, 0)
+    source = (slot // stages * num_kept + number) * batch + in_batch
+    value = tl.load(kept + source * hidden + channels, mask=channels < num_channels, other=0.0)
+    tl.store(whole + row * hidden + channels, value, mask=channels < hidden)
+
+
+@triton.jit
+def _sum_pieces(
+    gradient,
+    ids,
+    order,
+    pieces,
+    num_positions,
+    num_rows,
+    batch,
+    stages,
+    hidden,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * PIECE
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    start = first
+    for step in range(0, PIECE):
+        position = first + step
+        exists = position < num_positions
+        row = tl.load(ids + position, mask=exists, other=num_rows)
+        before = tl.load(ids + position - 1, mask=exists & (position > first), other=-1)
+        after = tl.load(ids + position + 1, mask=position + 1 < num_positions, other=-1)
+        is_start = row != before
+        start = tl.where(is_start, position, start)
+        source = tl.load(order + position, mask=exists, other=0)
+        slot = source // batch * stages
+        offset = (slot * batch + source % batch) * hidden
+        is_summed = exists & (row < num_rows)
+        of_row = channels < tl.where(is_summed, hidden, 0)
+        value = tl.load(gradient + offset + channels, mask=of_row, other=0.0)
+        total = tl.where(is_start, 0.0, total) + value.to(tl.float32)
+        is_end = (row != after) | (position % PIECE == PIECE - 1)
+        of_piece = channels < tl.where(is_summed & is_end, hidden, 0)
+        tl.store(pieces + start * hidden + channels, total, mask=of_piece)
+
+
+@triton.jit
+def _sum_runs(ids, pieces, out, scale, num_positions, num_rows, hidden, BLOCK: tl.constexpr):
+    position = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < hidden
+    row = tl.load(ids + position)
+    before = tl.load(ids + position - 1, mask=position > 0, other=-1)
+    if (row != before) & (row < num_rows):
+        total = tl.load(pieces + position * hidden + channels, mask=inside, other=0.0)
+        position = (position // PIECE + 1) * PIECE
+        following = tl.load(ids + position, mask=position < num_positions, other=-1)
+        while following == row:
+            total += tl.load(pieces + position * hidden + channels, mask=inside, other=0.0)
+            position += PIECE
+            following = tl.load(ids + position, mask=position < num_positions, other=-1)
+        total = total * scale
+        tl.store(out + row * hidden + channels, total.to(out.dtype.element_ty), mask=inside)
+
+
+def embed_and_interleave(
+    token_ids: Tensor, weight: Tensor, thoughts: Tensor | None, scale: float | None, first_row: int
+) -> Tensor:
+    """As `kernels.interleave.embed_and_interleave`."""
+    return _EmbedAndInterleave.apply(
+        token_ids, weight, thoughts, 1.0 if scale is None else scale, first_row
+    )
+
+
+def interleave(token_embeddings: Tensor, thoughts: Tensor) -> Tensor:
+    """As `kernels.interleave.interleave`."""
+    return _Interleave.apply(token_embeddings, thoughts)
+
+
+def select_stages(hidden: Tensor, num_stages: int, stages: range) -> Tensor:
+    """As `kernels.interleave.select_stages`, where not all are kept."""
+    return _SelectStages.apply(hidden, num_stages, stages)
+
+
+class _EmbedAndInterleave(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token_ids: Tensor,
+        weight: Tensor,
+        thoughts: Tensor | None,
+        scale: float,
+        first_row: int,
+    ) -> Tensor:
+        rows = (token_ids.t() - first_row).contiguous()  # [b, s] -> [s, b]
+        num_tokens, batch = rows.shape
+        num_stages = 1 if thoughts is None else thoughts.size(0) // num_tokens + 1
+        ctx.save_for_backward(rows, weight)
+        ctx.num_stages, ctx.scale, ctx.has_thoughts = num_stages, scale, thoughts is not None
+        out = weight.new_empty(num_tokens * num_stages, batch, weight.size(1))
+        _launch_join(out, weight, rows, thoughts, scale, num_stages)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        gradient = grad_outputs[0].contiguous()
+        d_weight = d_thoughts = None
+        if ctx.needs_input_grad[1]:
+            d_weight = _table_gradient(gradient, rows, weight, ctx.num_stages, ctx.scale)
+        if ctx.has_thoughts and ctx.needs_input_grad[2]:
+            _, d_thoughts = _parts(gradient, ctx.num_stages, with_tokens=False)
+        return None, d_weight, d_thoughts, None, None
+
+
+class _Interleave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token_embeddings: Tensor, thoughts: Tensor) -> Tensor:
+        num_tokens, batch, hidden = token_embeddings.shape
+        ctx.num_stages = thoughts.size(0) // num_tokens + 1
+        out = thoughts.new_empty(num_tokens * ctx.num_stages, batch, hidden)
+        _launch_join(out, token_embeddings.contiguous(), None, thoughts, 1.0, ctx.num_stages)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return _parts(
+            grad_outputs[0].contiguous(), ctx.num_stages, with_tokens=ctx.needs_input_grad[0]
+        )
+
+
+class _SelectStages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, num_stages: int, stages: range) -> Tensor:
+        num_slots, batch, width = hidden.shape
+        ctx.num_stages, ctx.stages = num_stages, stages
+        kept = hidden.new_empty(num_slots // num_stages * len(stages), batch, width)
+        _launch_select(_select, kept.size(0), hidden.contiguous(), kept, num_stages, stages)
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        gradient = grad_outputs[0].contiguous()
+        num_slots, batch, width = gradient.shape
+        whole = gradient.new_empty(num_slots // len(ctx.stages) * ctx.num_stages, batch, width)
+        _launch_select(_unselect, whole.size(0), whole, gradient, ctx.num_stages, ctx.stages)
+        return whole, None, None
+
+
+def _launch_join(
+    out: Tensor,
+    tokens: Tensor,
+    rows: Tensor | None,
+    thoughts: Tensor | None,
+    scale: float,
+    num_stages: int,
+) -> None:
+    """Fill `out` from embeddings by token, or from the table where `rows` says which."""
+    num_slots, batch, hidden = out.shape
+    if out.numel():
+        _join[(num_slots * batch,)](
+            out,
+            tokens,
+            tokens if rows is None else rows,
+            out if thoughts is None else thoughts.contiguous(),
+            scale,
+            tokens.size(0),
+            batch,
+            num_stages,
+            hidden,
+            IS_TABLE=rows is not None,
+            BLOCK=triton.next_power_of_2(hidden),
+        )
+
+
+def _parts(joined: Tensor, num_stages: int, *, with_tokens: bool) -> tuple[Tensor | None, Tensor]:
+    """Rows of tokens (or None) and of thoughts, each contiguous."""
+    num_slots, batch, hidden = joined.shape
+    num_tokens = num_slots // num_stages
+    tokens = joined.new_empty(num_tokens, batch, hidden) if with_tokens else None
+    thoughts = joined.new_empty(num_slots - num_tokens, batch, hidden)
+    if joined.numel():
+        _part[(num_slots * batch,)](
+            joined,
+            thoughts if tokens is None else tokens,
+            thoughts,
+            batch,
+            num_stages,
+            hidden,
+            HAS_TOKENS=with_tokens,
+            BLOCK=triton.next_power_of_2(hidden),
+        )
+    return tokens, thoughts
+
+
+def _launch_select(
+    kernel: Any, num_slots: int, whole: Tensor, kept: Tensor, num_stages: int, stages: range
+) -> None:
+    """Copy between all stages and those kept, a program for each row that is written."""
+    _, batch, hidden = whole.shape
+    if num_slots * batch:
+        kernel[(num_slots * batch,)](
+            whole,
+            kept,
+            batch,
+            num_stages,
+            stages.start,
+            len(stages),
+            hidden,
+            BLOCK=triton.next_power_of_2(hidden),
+        )
+
+
+def _table_gradient(
+    gradient: Tensor, rows: Tensor, weight: Tensor, num_stages: int, scale: float
+) -> Tensor:
+    """The table's gradient from that of the slots [s * n, b, h], of which tokens' are read."""
+    num_rows, hidden = weight.shape
+    d_weight = torch.zeros_like(weight)
+    _, batch = rows.shape
+    # Other ranks' rows come last, under a number that no row has.
+    mine = rows.where((rows >= 0) & (rows < num_rows), num_rows).flatten()
+    ids, order = mine.sort(stable=True)
+    if not ids.numel():
+        return d_weight
+    pieces = gradient.new_empty((ids.numel(), hidden), dtype=torch.float32)
+    block = min(1024, triton.next_power_of_2(hidden))
+    num_blocks = triton.cdiv(hidden, block)
+    _sum_pieces[(triton.cdiv(ids.numel(), PIECE.value), num_blocks)](
+        gradient,
+        ids,
+        order,
+        pieces,
+        ids.numel(),
+        num_rows,
+        batch,
+        num_stages,
+        hidden,
+        BLOCK=block,
+    )
+    _sum_runs[(ids.numel(), num_blocks)](
+        ids, pieces, d_weight, scale, ids.numel(), num_rows, hidden, BLOCK=block
+    )
+    return d_weight

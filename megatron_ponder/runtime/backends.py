@@ -1,0 +1,290 @@
+"""Which implementations a run uses, from what it asks for and what the machine has.
+
+`choose_backends` is a pure function of the two. What is asked for by name and cannot be used is an
+error; what `auto` chose is logged once by training, with the reason. `auto` never chooses
+TransformerEngine's layers unless fp8 needs them: they have not been measured against ours yet.
+
+Left out: what megatron-core takes for itself where TransformerEngine or apex are installed (Adam,
+the gradient norm); `runtime.diagnosis` tells.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Literal
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.errors import BackendError
+from megatron_ponder.runtime.capabilities import Capabilities, Library, find_capabilities
+
+logger = logging.getLogger(__name__)
+
+HOPPER = (9, 0)
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+Kernels = Literal["torch", "triton"]
+TransformerImpl = Literal["local", "transformer_engine"]
+Attention = Literal["sdpa", "flash", "te"]
+WeightGradient = Literal["none", "apex", "torch", "transformer_engine"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backends:
+    """What a run computes with."""
+
+    kernels: Kernels
+    transformer_impl: TransformerImpl
+    attention: Attention
+    sdpa_order: tuple[str, ...]
+    """Kernels of torch's attention that may run, the first that can; empty: torch's choice."""
+    weight_gradient: WeightGradient
+    """What adds weight gradients up within their product; none: autograd does, behind it."""
+    reasons: dict[str, str]
+    """Setting to why it is what it is."""
+
+
+REFERENCE = Backends(
+    kernels="torch",
+    transformer_impl="local",
+    attention="sdpa",
+    sdpa_order=(),
+    weight_gradient="none",
+    reasons={},
+)
+"""What runs everywhere, for a model that is built and not run."""
+
+
+def choose_backends(config: RunConfig, found: Capabilities) -> Backends:
+    """The backends of a resolved run.
+
+    Args:
+        config: resolved.
+        found: what there is.
+
+    Raises:
+        BackendError: something that was asked for by name cannot be used; one line each.
+    """
+    problems = [*_requests_that_fail(config, found)]
+    if problems:
+        raise BackendError(
+            "a backend that was asked for cannot be used here:\n  - " + "\n  - ".join(problems)
+        )
+    kernels, why_kernels = _kernels(config, found)
+    layers, why_layers = _layers(config)
+    attention, why_attention = _attention(config, found, layers)
+    sdpa_order = _sdpa_order(found) if attention == "sdpa" else ()
+    if sdpa_order:
+        why_attention += f"; of torch's kernels the first that can of {', '.join(sdpa_order)}"
+        if "cudnn" not in sdpa_order:
+            why_attention += f" (not cudnn: {_why_not_cudnn(found)})"
+    gradient, why_gradient = _weight_gradient(config, found, layers)
+    return Backends(
+        kernels=kernels,
+        transformer_impl=layers,
+        attention=attention,
+        sdpa_order=sdpa_order,
+        weight_gradient=gradient,
+        reasons={
+            "kernels": why_kernels,
+            "transformer_impl": why_layers,
+            "attention_backend": why_attention,
+            "gradient_accumulation_fusion": why_gradient,
+        },
+    )
+
+
+def _requests_that_fail(config: RunConfig, found: Capabilities) -> Iterator[str]:
+    """What was asked for by name and is not there, and what would break whatever is asked for."""
+    backend, te = config.backend, found.transformer_engine
+    if backend.kernels == "triton" and not found.triton.is_usable:
+        yield f"--kernels triton: Triton {found.triton.problem}. Use auto or torch."
+    if backend.transformer_impl == "transformer_engine" and not te.is_usable:
+        yield (
+            f"--transformer-impl transformer_engine: TransformerEngine {te.problem}. Use auto or "
+            "local."
+        )
+    yield from _attention_that_fails(config, found)
+    if backend.fp8_format is not None:
+        if not te.is_usable:
+            yield (
+                f"--fp8-format {backend.fp8_format}: TransformerEngine {te.problem}. Leave it out."
+            )
+        elif not found.has_fp8:
+            yield (
+                f"--fp8-format {backend.fp8_format}: {found.device_name} does not multiply in fp8 "
+                "(compute capability 8.9 and later do). Leave it out."
+            )
+    if _breaks_megatron_core(found):
+        yield (
+            f"apex {found.apex.version} is {found.apex.problem}, and megatron-core takes its Adam "
+            "where it finds it, which then fails. Uninstall apex, or build it with --cpp_ext and "
+            "--cuda_ext, or install TransformerEngine, which comes first."
+        )
+
+
+def _breaks_megatron_core(found: Capabilities) -> bool:
+    """Whether an apex is there that imports and cannot work, and nothing is taken before it."""
+    is_bare = found.apex.problem is not None and "without its CUDA parts" in found.apex.problem
+    return is_bare and not found.transformer_engine.is_usable
+
+
+def _attention_that_fails(config: RunConfig, found: Capabilities) -> Iterator[str]:
+    """Attention by name; over shared sequences it has a setting of its own."""
+    wanted = config.backend.attention_backend
+    if wanted == "flash":
+        if not found.flash_attention.is_usable:
+            yield (
+                f"--attention-backend flash: flash-attn {found.flash_attention.problem}. Use auto "
+                "or sdpa."
+            )
+        elif not config.training.bf16:
+            yield "--attention-backend flash needs --bf16. Use auto or sdpa."
+    if wanted == "te" and not found.transformer_engine.is_usable:
+        yield (
+            f"--attention-backend te: TransformerEngine {found.transformer_engine.problem}. Use "
+            "auto or sdpa."
+        )
+    if wanted == "te" and not config.training.bf16:
+        yield "--attention-backend te needs --bf16: its fused kernels have no fp32. Use sdpa."
+    if _wants_ring(config) and not found.transformer_engine.is_usable:
+        yield (
+            "--context-parallel-attention transformer_engine: TransformerEngine "
+            f"{found.transformer_engine.problem}. Use auto or gather."
+        )
+
+
+def _wants_ring(config: RunConfig) -> bool:
+    """Whether TransformerEngine's ring was asked for and there is something to share."""
+    parallel = config.parallel
+    is_asked = parallel.context_parallel_attention == "transformer_engine"
+    return is_asked and parallel.context_parallel_size > 1
+
+
+def _kernels(config: RunConfig, found: Capabilities) -> tuple[Kernels, str]:
+    wanted = config.backend.kernels
+    if wanted != "auto":
+        return wanted, "asked for"
+    if not found.has_cuda:
+        return "torch", "no CUDA device; the composed form is the reference"
+    if not found.triton.is_usable:
+        return "torch", f"Triton {found.triton.problem}"
+    return "triton", "a CUDA device, and Triton is installed"
+
+
+def _layers(config: RunConfig) -> tuple[TransformerImpl, str]:
+    wanted = config.backend.transformer_impl
+    if wanted != "auto":
+        return wanted, "asked for"
+    if config.backend.fp8_format is not None:
+        return "transformer_engine", "--fp8-format needs it"
+    return "local", "TransformerEngine's layers are used where asked for, or with --fp8-format"
+
+
+def _attention(
+    config: RunConfig, found: Capabilities, layers: TransformerImpl
+) -> tuple[Attention, str]:
+    wanted, parallel = config.backend.attention_backend, config.parallel
+    has_te = found.transformer_engine.is_usable and config.training.bf16
+    if _wants_ring(config):
+        return "te", "--context-parallel-attention transformer_engine"
+    if wanted != "auto":
+        return wanted, "asked for"
+    if parallel.context_parallel_size > 1 and parallel.context_parallel_attention == "auto":
+        if has_te:
+            return "te", "its ring, for sequences that ranks share"
+        return "sdpa", "keys and values of shared sequences are gathered: no ring without " + (
+            "--bf16"
+            if found.transformer_engine.is_usable
+            else f"TransformerEngine ({found.transformer_engine.problem})"
+        )
+    if layers == "transformer_engine" and has_te and parallel.context_parallel_size == 1:
+        return "te", "goes with TransformerEngine's layers"
+    return "sdpa", "torch's attention"
+
+
+def _sdpa_order(found: Capabilities) -> tuple[str, ...]:
+    """Torch's kernels in the order in which they are tried."""
+    if not found.has_cuda:
+        return ()
+    others = ("flash", "efficient", "math")
+    return others if _why_not_cudnn(found) else ("cudnn", *others)
+
+
+def _why_not_cudnn(found: Capabilities) -> str:
+    """Why torch's attention should not run on cuDNN; empty: it should."""
+    assert found.compute_capability is not None
+    if found.compute_capability < HOPPER:
+        return "faster from Hopper on only"
+    return found.attends_with_cudnn or ""
+
+
+def _weight_gradient(
+    config: RunConfig, found: Capabilities, layers: TransformerImpl
+) -> tuple[WeightGradient, str]:
+    if not config.backend.gradient_accumulation_fusion:
+        return "none", "not asked for"
+    if layers == "transformer_engine":
+        return "transformer_engine", "asked for, within its layers"
+    if found.apex_weight_gradient.is_usable:
+        return "apex", "asked for, and apex has it"
+    return "torch", f"asked for; apex {_short(found.apex_weight_gradient)}"
+
+
+def _short(library: Library) -> str:
+    """Version and state."""
+    return library.problem or f"{library.version}"
+
+
+_pinned = ExitStack()
+
+
+def pin_sdpa(order: tuple[str, ...]) -> None:
+    """Let torch's attention run these kernels only, the first that can, from now on.
+
+    torch would choose by itself, and silently choose a slower kernel where cuDNN cannot be used.
+
+    Args:
+        order: names of SDPA_BACKENDS; empty: leave the choice to torch.
+    """
+    _pinned.close()
+    if order:
+        backends = [SDPA_BACKENDS[name] for name in order]
+        _pinned.enter_context(sdpa_kernel(backends, set_priority=True))
+
+
+def use_backends(config: RunConfig) -> Backends:
+    """Choose, and set what is set for a whole process.
+
+    Raises:
+        BackendError: see `choose_backends`.
+    """
+    backends = choose_backends(config, find_capabilities())
+    pin_sdpa(backends.sdpa_order)
+    return backends
+
+
+def log_choices(backends: Backends) -> None:
+    """Say what was chosen and why. Training does, once; tools print their result and nothing else.
+
+    `tools/doctor.py` says the same for any settings.
+    """
+    for setting, choice in describe(backends).items():
+        logger.info("%s: %s (%s)", setting, choice, backends.reasons[setting])
+
+
+def describe(backends: Backends) -> dict[str, str]:
+    """Setting to what was chosen."""
+    return {
+        "kernels": backends.kernels,
+        "transformer_impl": backends.transformer_impl,
+        "attention_backend": backends.attention,
+        "gradient_accumulation_fusion": backends.weight_gradient,
+    }

@@ -1,0 +1,152 @@
+"""What `tools/doctor.py` says: what was found, what a run would use here, and why not the rest.
+
+Reports megatron-core's own defaults too, which it takes from what is installed and not from
+settings. Left out: whether a run's data and checkpoints are there.
+"""
+
+import dataclasses
+import importlib
+import platform
+from collections.abc import Iterator
+
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.errors import BackendError
+from megatron_ponder.runtime.backends import choose_backends, describe
+from megatron_ponder.runtime.capabilities import Capabilities, Library
+
+SYNCED_NORM_CORE, SYNCED_NORM_TE = (0, 19), (2, 14)
+"""megatron-core from the first on, with TransformerEngine before the second, reads the norm of each
+parameter's gradient back to the host."""
+DEFAULTS = {
+    # what: module of megatron-core, name in it
+    "Adam": ("megatron.core.optimizer", "Adam"),
+    "gradient norm": ("megatron.core.optimizer.clip_grads", "l2_norm_impl"),
+    "gradient clipping": ("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl"),
+    "norms of its own specs": ("megatron.core.models.gpt.gpt_layer_specs", "LNImpl"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """How to print."""
+
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def diagnose(config: RunConfig, found: Capabilities) -> dict[str, object]:
+    """Everything, as plain data.
+
+    Args:
+        config: resolved; what a run asks for.
+        found: what there is.
+    """
+    report: dict[str, object] = {
+        "python": platform.python_version(),
+        "found": _found(found),
+        "megatron_core_takes": dict(_defaults()),
+        "warnings": [*_warnings(config, found)],
+    }
+    try:
+        backends = choose_backends(config, found)
+    except BackendError as error:
+        return report | {"refused": str(error)}
+    chosen = {
+        setting: {"chosen": choice, "why": backends.reasons[setting]}
+        for setting, choice in describe(backends).items()
+    }
+    return report | {"chosen": chosen}
+
+
+def as_text(report: dict) -> str:
+    """The report for people."""
+    lines = [f"Python {report['python']}", "", "Found:"]
+    lines += [f"  {name}: {what}" for name, what in report["found"].items()]
+    lines += ["", "megatron-core takes, from what is installed:"]
+    lines += [f"  {name}: {what}" for name, what in report["megatron_core_takes"].items()]
+    if "refused" in report:
+        lines += ["", f"A run with these settings would be refused: {report['refused']}"]
+    else:
+        lines += ["", "A run with these settings would use:"]
+        lines += [
+            f"  --{name.replace('_', '-')}: {choice['chosen']} ({choice['why']})"
+            for name, choice in report["chosen"].items()
+        ]
+    lines += [f"\nNote: {warning}" for warning in report["warnings"]]
+    return "\n".join(lines)
+
+
+def _found(found: Capabilities) -> dict[str, str]:
+    """Device and libraries, each with its version or what is wrong with it."""
+    device = found.device_name or "none; everything runs on the CPU"
+    if found.compute_capability is not None:
+        device += f", compute capability {'.'.join(map(str, found.compute_capability))}"
+    no_cuda = "none without CUDA"
+    return {
+        "CUDA device": device,
+        "torch": f"{found.torch}, CUDA {found.cuda or 'none'}",
+        "cuDNN": found.cudnn or no_cuda,
+        "torch's attention on cuDNN": found.attends_with_cudnn or "runs",
+        "NCCL": found.nccl or no_cuda,
+        "megatron-core": found.megatron_core,
+        "TransformerEngine": _state(found.transformer_engine),
+        "apex": _state(found.apex),
+        "apex's weight gradients": _state(found.apex_weight_gradient),
+        "Triton": _state(found.triton) + _interpreter(found),
+        "flash-attn": _state(found.flash_attention),
+        "Liger": _state(found.liger) + " (not used)",
+    }
+
+
+def _state(library: Library) -> str:
+    """Version, and what is wrong."""
+    if library.version is None:
+        return library.problem or "unknown"
+    return library.version if library.problem is None else f"{library.version}, {library.problem}"
+
+
+def _interpreter(found: Capabilities) -> str:
+    """Whether Triton only pretends."""
+    return ", in its interpreter (TRITON_INTERPRET is set)" if found.interprets_triton else ""
+
+
+def _defaults() -> Iterator[tuple[str, str]]:
+    """What megatron-core has bound its names to, by the module it comes from."""
+    for what, (module_name, name) in DEFAULTS.items():
+        value = vars(importlib.import_module(module_name)).get(name)
+        if value is None:
+            yield what, "not in this version"
+        else:
+            origin = getattr(value, "__module__", None) or type(value).__module__
+            yield what, f"{origin}.{getattr(value, '__name__', name)}"
+
+
+def _warnings(config: RunConfig, found: Capabilities) -> Iterator[str]:
+    """What works and costs, or is not what one might think."""
+    if not found.has_cuda:
+        yield (
+            "there is no CUDA device. Training runs on the CPU with the reference implementation: "
+            "composed torch kernels, megatron-core's layers, torch's attention and fused AdamW, "
+            "gloo between ranks."
+        )
+    te, core = found.transformer_engine, found.megatron_core
+    if te.is_usable and _release(core) >= SYNCED_NORM_CORE:
+        assert te.version is not None
+        if _release(te.version) < SYNCED_NORM_TE:
+            yield (
+                f"megatron-core {core} with TransformerEngine {te.version}: the gradient norm "
+                "waits for the device once per parameter. TransformerEngine 2.14 does not."
+            )
+    if te.is_usable:
+        yield (
+            "TransformerEngine is installed: megatron-core takes its Adam, norm and clipping "
+            "whatever --transformer-impl says."
+        )
+    if found.has_cuda and not config.training.bf16:
+        yield "this is what an fp32 run gets; add --bf16 for what a training run gets."
+
+
+def _release(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")]
+    return (numbers[0], numbers[1]) if len(numbers) > 1 else (numbers[0], 0)

@@ -1,0 +1,57 @@
+"""Models on Triton's kernels give the numbers of models on torch, here in Triton's interpreter.
+
+The twin of tests/gpu/test_kernels.py, which runs the compiled kernels where there is a GPU.
+"""
+
+import pytest
+
+from megatron_ponder.kernels.triton import interleave
+from tests.parity.layouts import SP, TP2, Layout, batch, config_of, measure_layout
+from tests.parity.measure import measure
+from tests.parity.tolerances import violations
+from tests.ranks import run_ranks
+
+TRITON = {"kernels": "triton"}
+FUSED_LOSS = {"cross_entropy_loss_fusion": True}
+MODELS = ["llama k1", "gpt2 k1", "neox k1", "llama k2", "llama pause"]
+NUM_STEPS = 1
+"""The interpreter runs one program of a kernel after the other."""
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoints):
+    return measure_layout(Layout(1, {"kernels": "torch"}), MODELS, checkpoints, NUM_STEPS)[0]
+
+
+@pytest.mark.parametrize(
+    "layout, models",
+    [
+        (Layout(1, TRITON), ["neox k1", "gpt2 k1"]),
+        (Layout(2, TP2 | SP | TRITON | FUSED_LOSS), ["llama k1"]),
+        pytest.param(Layout(1, TRITON | FUSED_LOSS), MODELS, marks=pytest.mark.slow),
+        pytest.param(Layout(2, TP2 | TRITON), MODELS, marks=pytest.mark.slow),
+    ],
+    ids=["alone", "TP2 + SP, fused loss", "alone, fused loss", "TP2"],
+)
+def test_layout_equals_torch(layout, models, checkpoints, truth):
+    for by_model in measure_layout(layout, models, checkpoints, NUM_STEPS):
+        for model, numbers in by_model.items():
+            assert not violations(numbers, truth[model]), model
+
+
+def with_a_wrong_stage(config, checkpoint):
+    """Thoughts of a kernel that hands on the stage before the one that is asked for."""
+    original = interleave.select_stages
+
+    def select(hidden, num_stages, stages):
+        first = max(stages.start - 1, 0)
+        return original(hidden, num_stages, range(first, first + len(stages)))
+
+    interleave.select_stages = select
+    return measure(config, checkpoint, batch(), NUM_STEPS)
+
+
+def test_a_wrong_stage_is_caught(checkpoints, truth):
+    config = config_of("neox k1", TRITON, 1)
+    (wrong,) = run_ranks(with_a_wrong_stage, 1, config, f"{checkpoints}/neox k1")
+    assert violations(wrong, truth["neox k1"])

@@ -1,0 +1,38 @@
+"""Says what this machine has, what a run would use on it, and why not something else.
+
+    python tools/doctor.py
+    python tools/doctor.py --bf16 --fp8-format hybrid --json
+    python tools/doctor.py --config examples/llama/ponderlm2-1.4b.yaml
+
+Takes every setting of megatron_ponder.pretrain, of which those that choose backends matter, and the
+flag below. Needs no data. Always ends with exit code 0 unless a flag is misspelt: what a run would
+be refused for is part of the report.
+"""
+
+import json
+import sys
+
+import tyro
+
+from megatron_ponder.config.parse import parse_args
+from megatron_ponder.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse flags, look, print."""
+    from megatron_ponder import log
+
+    log.configure()  # before the imports below, some of which warn
+    from megatron_ponder.runtime.capabilities import find_capabilities
+    from megatron_ponder.runtime.diagnosis import DoctorOptions, as_text, diagnose
+
+    options, settings = tyro.cli(
+        DoctorOptions, prog="tools/doctor.py", description=__doc__, return_unknown_args=True
+    )
+    report = diagnose(parse_args(settings, prog="tools/doctor.py"), find_capabilities())
+    print(json.dumps(report, indent=1) if options.json else as_text(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
