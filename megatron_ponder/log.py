@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -18,8 +19,8 @@ PROGRESS_INTERVAL_S = 5.0
 """How often a progress bar is printed where the output is not a terminal."""
 
 
-def configure() -> None:
-    """Send this package's log to stdout; harmless when called again.
+def configure(stream: TextIO | None = None) -> None:
+    """Send this package's log to a stream; harmless when called again.
 
     Also silences two kinds of warnings that are no business of a user: megatron-core's about absent
     accelerator libraries, and torch's about calls that megatron-core makes. To have any effect it
@@ -29,7 +30,7 @@ def configure() -> None:
     logger = logging.getLogger(PACKAGE_LOGGER)
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logger.propagate = False
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream or sys.stdout)
     mark = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(
         logging.Formatter(f"[%(asctime)s] {mark}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")

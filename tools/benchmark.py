@@ -1,16 +1,19 @@
-"""Measures training, pipelines, costs, generation and preprocessing, each beside something like it.
+"""Measures what a run costs, each command beside something to compare it with.
 
     python tools/benchmark.py train --json --preset pythia-160m --bf16 --micro-batch-size 8
-    python tools/benchmark.py train --config X.yaml --r-values 0 1 2 3 4 --plot memory.png
+    python tools/benchmark.py train --config X.yaml --roofline --profile trace.json.gz
+    python tools/benchmark.py kernels --preset llama-410m --bf16
+    python tools/benchmark.py checkpoint --preset llama-410m --folder /scratch
     python tools/benchmark.py pipeline --json --config X.yaml --pipeline-model-parallel-size 2
     python tools/benchmark.py curves --plot curves.png --record curves.json
     python tools/benchmark.py generate --json --preset pythia-70m --prompt-tokens 1024
     python tools/benchmark.py preprocess --json --input corpus.jsonl.zst
 
-`train` (beside plain PyTorch, in turns), `pipeline` (beside the simulator, on a CPU core per rank),
-`curves` (over K, R, length, size, batch, method and ranks, beside what is predicted; of a small
-model if none is given) and `generate` (with a cache beside without) take the settings of
-pretraining and the flags below.
+`train` (beside the method on stock transformers layers), `kernels` (beside eager chains),
+`checkpoint` (stall, bytes, load), `pipeline` (beside the simulator, on a CPU core per rank),
+`curves` (over K, R, length, size, batch, method and ranks, beside what is predicted; without
+settings of a small model) and `generate` (with a cache beside without) take the settings of
+pretraining, and the flags below.
 """
 
 import json
@@ -39,7 +42,7 @@ def main() -> None:
     if settings and not chosen.takes_settings:
         raise ConfigError(f"{' '.join(settings)}: not among the flags of {prog}.")
     config = [parse_args(settings, prog=prog)] if chosen.takes_settings else []
-    log.configure()  # before imports that warn
+    log.configure(sys.stderr)  # before imports that warn
     result, text = chosen.measure(options, *config)
     print(json.dumps(result, indent=1) if options.json else text)
 

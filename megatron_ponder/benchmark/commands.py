@@ -57,6 +57,20 @@ def _curves(options: CurvesBenchmarkOptions, config: RunConfig) -> Report:
     return result, curves_report.as_text(result)
 
 
+def _kernels(options: flags.KernelsBenchmarkOptions, config: RunConfig) -> Report:
+    from megatron_ponder.benchmark import kernels
+
+    result = kernels.benchmark_kernels(options, config)
+    return result, kernels.as_text(result)
+
+
+def _checkpoint(options: flags.CheckpointBenchmarkOptions, config: RunConfig) -> Report:
+    from megatron_ponder.benchmark import checkpoint
+
+    result = checkpoint.benchmark_checkpoint(options, config)
+    return result, checkpoint.as_text(result)
+
+
 def _generate(options: flags.GenerateBenchmarkOptions, config: RunConfig) -> Report:
     from megatron_ponder.benchmark import generate
 
@@ -75,6 +89,8 @@ COMMANDS = {
     "train": Command(options=flags.TrainBenchmarkOptions, measure=_train),
     "pipeline": Command(options=flags.PipelineBenchmarkOptions, measure=_pipeline),
     "curves": Command(options=CurvesBenchmarkOptions, measure=_curves),
+    "kernels": Command(options=flags.KernelsBenchmarkOptions, measure=_kernels),
+    "checkpoint": Command(options=flags.CheckpointBenchmarkOptions, measure=_checkpoint),
     "generate": Command(options=flags.GenerateBenchmarkOptions, measure=_generate),
     "preprocess": Command(
         options=flags.PreprocessBenchmarkOptions, measure=_preprocess, takes_settings=False

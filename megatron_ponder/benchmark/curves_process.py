@@ -126,7 +126,7 @@ class _Models:
 
     def build(self, name: str, config: RunConfig) -> None:
         """Model, optimizer and batches, in their layout."""
-        from megatron_ponder.benchmark.train import random_batches
+        from megatron_ponder.benchmark.steps import random_batches
         from megatron_ponder.runtime.distributed import initialize, leave_layout
         from megatron_ponder.train.run import build_trainee
         from megatron_ponder.train.step import train_step

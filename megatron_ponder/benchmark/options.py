@@ -1,6 +1,8 @@
 """Flags of tools/benchmark.py. Imports no torch: `--help` is instant."""
 
 import dataclasses
+from pathlib import Path
+from typing import Literal
 
 from megatron_ponder.config.schema import TokenizerType
 from megatron_ponder.errors import ConfigError
@@ -22,8 +24,14 @@ class TrainBenchmarkOptions:
     """Also measure time and memory of our step at each of these R."""
     plot: str | None = None
     """PNG to draw memory and time over R into; needs --r-values."""
-    no_reference: bool = False
-    """Measure our side only (settings that the plain PyTorch model does not have)."""
+    baseline: Literal["reference", "plain", "none"] = "reference"
+    """What ours is compared with: the method on stock transformers layers (reference), the plain
+    PyTorch model that the tests use as an oracle, with torch's fused norms (plain), or nothing
+    (settings that those do not have)."""
+    profile: str | None = None
+    """JSON file to write a trace of one of our steps into, for Perfetto or chrome://tracing."""
+    roofline: bool = False
+    """Also set every pass of our forward beside the least time that its FLOPs and bytes allow."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured.
@@ -64,6 +72,40 @@ class PipelineBenchmarkOptions:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} {getattr(self, name)}: must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsBenchmarkOptions:
+    """Which kernels to time."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    only: tuple[str, ...] = ()
+    """Names of kernels, as the table has them. None: all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointBenchmarkOptions:
+    """How often to save, and where."""
+
+    json: bool = False
+    """Print one JSON object instead of sentences."""
+    saves: int = 3
+    """Checkpoints to write; the median is told."""
+    folder: str | None = None
+    """Where checkpoints are written; what is measured is this file system. None: the system's
+    folder for temporary files. Nothing stays there."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: no save, or no folder.
+        """
+        if self.saves < 1:
+            raise ConfigError(f"--saves {self.saves}: must be at least 1.")
+        if self.folder is not None and not Path(self.folder).is_dir():
+            raise ConfigError(f"--folder {self.folder}: no such folder; create it first.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

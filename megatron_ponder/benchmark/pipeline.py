@@ -173,7 +173,7 @@ def _work(
     import torch.distributed as dist
 
     from megatron_ponder.benchmark.spans import SpanTimers, message_latency_s
-    from megatron_ponder.benchmark.train import random_batches
+    from megatron_ponder.benchmark.steps import random_batches
     from megatron_ponder.runtime.distributed import running
     from megatron_ponder.train.run import build_trainee
     from megatron_ponder.train.step import train_step

@@ -1,12 +1,15 @@
-"""Training speed and memory, beside the plain PyTorch model doing the same work in the same run.
+"""Training speed and memory, beside a baseline doing the same work in the same run.
 
-Both sides live in processes of their own at the same time, take the same steps on the same random
-tokens from the same weights, and are timed in turns (ours, reference, ours, reference, ...), so
-that a machine that slows down slows both. The loss of both sides' first step is compared: a
-benchmark of two different computations says nothing. Peak memory is each process's own.
+The baseline is the method on stock transformers layers (`stock_reference`), or in plain PyTorch
+(`reference`). Every side has a process of its own; all take the same steps on the same random
+tokens from the same weights. On the CPU they are timed in turns (ours, baseline, ours, ...), so
+that a machine that slows down slows both. A GPU is steady and its memory is what limits the batch:
+there each side has the device to itself, one after the other. The losses of the first steps are
+compared: a benchmark of two different computations says nothing.
 
-With R values given, our side is also measured once for each R, in a fresh process each, which shows
-what a step costs as a function of R. Left out: more than one process per side, and data loading.
+Phases, traces and passes are taken in steps of their own, behind the timed ones. With R values
+given, our side is also measured once for each R, in a fresh process each, which shows what a step
+costs as a function of R. Left out: more than one process per side, and data loading.
 """
 
 import contextlib
@@ -16,33 +19,31 @@ import importlib.metadata
 import math
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 from megatron_ponder import log
 from megatron_ponder.benchmark.options import TrainBenchmarkOptions
-from megatron_ponder.benchmark.process import side
-from megatron_ponder.benchmark.reference import build_reference, loss_function
+from megatron_ponder.benchmark.process import Side, side
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
-from megatron_ponder.convert.weight_names import to_megatron
-from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
-from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
+from megatron_ponder.ponder.schedule import training_plan
 from megatron_ponder.runtime.device import device
-from megatron_ponder.train.run import build_trainee
-from megatron_ponder.train.step import train_step
+from megatron_ponder.runtime.peak_flops import peak_tflops
 
 LOSS_TOLERANCE = {False: 1e-4, True: 5e-2}
 """By bf16: between the first losses of the two sides; autocast rounds elsewhere than we do."""
-
-TrainStep = Callable[[int], float]
-"""Takes one optimizer step, iteration numbers counting from 1; returns the loss before it."""
+MFU_DEFINITION = (
+    "model FLOPs (matrix products of all passes, causal attention as half of the square, backward "
+    "twice the forward, nothing recomputed) per second over the device's dense bf16 peak"
+)
+PHASE_STEPS = 3
+"""Steps whose phases are timed; the fastest is told."""
 
 
 def benchmark_training(options: TrainBenchmarkOptions, config: RunConfig) -> dict[str, Any]:
@@ -53,33 +54,33 @@ def benchmark_training(options: TrainBenchmarkOptions, config: RunConfig) -> dic
         config: as given; resolved here for one process.
 
     Returns:
-        What is printed, by name: `ours`, `reference`, `speedup` (reference's time over ours, above
-        1: ours is faster; the median over rounds, with the least and the largest), `by_r`, and what
-        it ran on.
+        What is printed, by name: `ours`, the baseline under its name, `speedup` (its time over
+        ours, above 1: ours is faster; the median over rounds, with the least and the largest),
+        on the CPU `speedup_cpu_time` (the same in time that a core worked, which other processes
+        on the machine disturb less), `roofline`, `by_r`, and what it ran on.
 
     Raises:
-        ConfigError: the settings cannot work, or the reference does not have them.
+        PonderError: the settings cannot work, or the baseline does not have them.
     """
     config = dataclasses.replace(config, checkpoint=CheckpointConfig())
     config = resolve(config, world_size=1)
-    names = ["ours"] if options.no_reference else ["ours", "reference"]
-    rounds = _measure_in_turns(config, names, options)
+    baseline = options.baseline
+    names = ["ours"] if baseline == "none" else ["ours", baseline]
+    rounds = _measure(config, names, options)
     result: dict[str, Any] = environment(config)
+    peak = peak_tflops(bf16=config.training.bf16)
+    result |= {"baseline": baseline, "peak_tflops": peak, "mfu_definition": MFU_DEFINITION}
     for name in names:
         result[name] = _summary(config, rounds[name], options.steps)
-    if not options.no_reference:
+    if baseline != "none":
         losses = [result[name]["first_loss"] for name in names]
         if not math.isclose(*losses, abs_tol=LOSS_TOLERANCE[config.training.bf16]):
             raise AssertionError(f"the two sides compute different things: losses {losses}")
-        ratios = [
-            theirs / ours
-            for ours, theirs in zip(rounds["ours"].ms, rounds["reference"].ms, strict=True)
-        ]
-        result["speedup"] = {
-            "median": statistics.median(ratios),
-            "least": min(ratios),
-            "largest": max(ratios),
-        }
+        result["speedup"] = _speedup(rounds["ours"].ms, rounds[baseline].ms)
+        if device().type == "cpu":
+            cpu_ms = (rounds[name].cpu_ms for name in names)
+            result["speedup_cpu_time"] = _speedup(*cpu_ms)
+    result["roofline"] = rounds["ours"].roofline
     result["by_r"] = [_measure_r(config, r, options) for r in options.r_values]
     return result
 
@@ -91,128 +92,73 @@ class _Rounds:
     first_loss: float = math.nan
     ms: list[float] = dataclasses.field(default_factory=list)
     """Milliseconds per step of each round."""
+    cpu_ms: list[float] = dataclasses.field(default_factory=list)
+    """The same in time that a core worked."""
     baseline_gib: float = 0.0
     """Held before the model was built: interpreter and libraries."""
     peak_gib: float = 0.0
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)
+    roofline: dict[str, Any] | None = None
 
 
-def _measure_in_turns(
+def _measure(
     config: RunConfig, names: Sequence[str], options: TrainBenchmarkOptions
 ) -> dict[str, _Rounds]:
-    """Time the sides alternately."""
-    total = len(names) * (options.rounds + 1)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(log.progress(total, "benchmark", " rounds"))
-        sides = {name: stack.enter_context(side(name, config)) for name in names}
-        rounds = {name: _Rounds() for name in names}
-        for name, ask in sides.items():
-            losses, _ = ask(options.warmup_steps)
-            rounds[name].first_loss = losses[0]
-            bar.update()
-        for _ in range(options.rounds):
-            for name, ask in sides.items():
-                _, seconds = ask(options.steps)
-                rounds[name].ms.append(1e3 * seconds / options.steps)
-                bar.update()
-        for name, ask in sides.items():
-            rounds[name].baseline_gib, rounds[name].peak_gib = ask(0)
+    """Time the sides: on the CPU alternately, on a GPU one after the other."""
+    groups = [[name] for name in names] if device().type == "cuda" else [list(names)]
+    rounds = {name: _Rounds() for name in names}
+    with log.progress(len(names) * (options.rounds + 2), "benchmark", " rounds") as bar:
+        for group in groups:
+            with _sides(group, options.baseline, config) as sides:
+                _time_rounds(sides, rounds, options, bar)
+                for name, one in sides.items():
+                    rounds[name].baseline_gib, rounds[name].peak_gib = one.ask("memory")
+                    rounds[name].phases = one.ask("phases", PHASE_STEPS)
+                    bar.update()
+                if "ours" in sides and options.profile:
+                    sides["ours"].ask("trace", options.profile)
+                if "ours" in sides and options.roofline:
+                    rounds["ours"].roofline = sides["ours"].ask("roofline")
     return rounds
+
+
+@contextlib.contextmanager
+def _sides(names: Sequence[str], baseline: str, config: RunConfig) -> Iterator[dict[str, Side]]:
+    """Processes that run at the same time."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(side(name, baseline, config)) for name in names}
+
+
+def _time_rounds(
+    sides: dict[str, Side], rounds: dict[str, _Rounds], options: TrainBenchmarkOptions, bar: tqdm
+) -> None:
+    """Warm-up, then the rounds in turns."""
+    for name, one in sides.items():
+        losses, *_ = one.ask("take_steps", options.warmup_steps)
+        rounds[name].first_loss = losses[0]
+        bar.update()
+    for _ in range(options.rounds):
+        for name, one in sides.items():
+            _, seconds, cpu_seconds = one.ask("take_steps", options.steps)
+            rounds[name].ms.append(1e3 * seconds / options.steps)
+            rounds[name].cpu_ms.append(1e3 * cpu_seconds / options.steps)
+            bar.update()
 
 
 def _measure_r(config: RunConfig, r: int, options: TrainBenchmarkOptions) -> dict[str, Any]:
     """Our side at one R, in a process of its own."""
     config = config.replaced(num_jacobi_iterations=r, random_jacobi_iterations=False)
-    (rounds,) = _measure_in_turns(config, ["ours"], options).values()
+    options = dataclasses.replace(options, baseline="none", profile=None, roofline=False)
+    (rounds,) = _measure(config, ["ours"], options).values()
     summary = _summary(config, rounds, options.steps)
     keys = ("ms_per_step", "peak_memory_gib", "step_memory_gib", "tflops")
     return {"num_jacobi_iterations": r} | {key: summary[key] for key in keys}
 
 
-def build_step(name: str, config: RunConfig) -> TrainStep:
-    """One side's training step: ours or reference."""
-    return {"ours": _our_step, "reference": _reference_step}[name](config)
-
-
-def _our_step(config: RunConfig) -> TrainStep:
-    """This package's training step, from the reference's initial weights."""
-    trainee = build_trainee(config)
-    torch.manual_seed(config.training.seed)
-    with torch.device("cpu"):
-        weights = dict(build_reference(config).named_parameters()) if _has_reference(config) else {}
-    if weights:
-        state = to_megatron({k: w.detach() for k, w in weights.items()}, config.model)
-        (model,) = trainee.model.modules
-        model.load_state_dict(state, strict=False)
-        trainee.optimizer.reload_model_params()
-    batches = random_batches(config)
-
-    def step(iteration: int) -> float:
-        return train_step(config, trainee, batches, iteration=iteration, wants_stop=False).loss
-
-    return step
-
-
-def _reference_step(config: RunConfig) -> TrainStep:
-    """The same in plain PyTorch, written as one would: autocast, fused AdamW, clipping."""
-    torch.manual_seed(config.training.seed)
-    model = build_reference(config).to(device())
-    optim, training = config.optimizer, config.training
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": optim.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=optim.lr,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_eps,
-        fused=True,
-    )
-    batches = random_batches(config)
-    assert training.global_batch_size is not None
-    num_microbatches = training.global_batch_size // training.micro_batch_size
-
-    def step(iteration: int) -> float:
-        r = jacobi_iterations(config.method, training.seed, iteration)
-        optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), device=device())
-        for _ in range(num_microbatches):
-            batch = next(batches)
-            with torch.autocast(device().type, torch.bfloat16, enabled=training.bf16):
-                logits = model(batch["tokens"].to(device()), r)
-            loss = loss_function(logits, batch["labels"].to(device())) / num_microbatches
-            loss.backward()
-            loss_sum += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad or math.inf)
-        optimizer.step()
-        return loss_sum.item()
-
-    return step
-
-
-def _has_reference(config: RunConfig) -> bool:
-    """Whether the plain model exists for these settings."""
-    try:
-        with torch.device("meta"):
-            build_reference(config)
-    except ConfigError:
-        return False
-    return True
-
-
-def random_batches(config: RunConfig) -> Iterator[Batch]:
-    """Random tokens, the same for both sides."""
-    generator = torch.Generator().manual_seed(config.training.seed)
-    shape = (config.training.micro_batch_size, config.data.seq_length + 1)
-    assert config.model.vocab_size is not None
-    while True:
-        ids: Tensor = torch.randint(config.model.vocab_size, shape, generator=generator)
-        yield {
-            "tokens": ids[:, :-1].contiguous(),
-            "labels": ids[:, 1:].contiguous(),
-            "loss_mask": torch.ones(shape[0], shape[1] - 1),
-        }
+def _speedup(ours_ms: list[float], theirs_ms: list[float]) -> dict[str, float]:
+    """The baseline's time over ours, round by round."""
+    ratios = [theirs / ours for ours, theirs in zip(ours_ms, theirs_ms, strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
 
 
 def _summary(config: RunConfig, rounds: _Rounds, steps_per_round: int) -> dict[str, Any]:
@@ -223,13 +169,17 @@ def _summary(config: RunConfig, rounds: _Rounds, steps_per_round: int) -> dict[s
     tokens = training.global_batch_size * config.data.seq_length
     plan = training_plan(load_method(config.method), config.method.num_jacobi_iterations)
     flops = forward_flops(config.model, plan, config.data.seq_length).training
-    has_one_r = not config.method.random_jacobi_iterations
+    tflops, peak = None, peak_tflops(bf16=training.bf16)
+    # Which R the timed steps drew is not one number: no rate is better than a wrong one.
+    if not config.method.random_jacobi_iterations:
+        tflops = flops * training.global_batch_size / ms * 1e3 / 1e12
     return {
         "ms_per_step": ms,
         "ms_per_step_of_rounds": rounds.ms,
         "tokens_per_s": tokens / ms * 1e3,
-        # Which R the timed steps drew is not one number: no rate is better than a wrong one.
-        "tflops": flops * training.global_batch_size / ms * 1e3 / 1e12 if has_one_r else None,
+        "tflops": tflops,
+        "mfu": None if tflops is None or peak is None else tflops / peak,
+        "phases_ms": rounds.phases,
         "peak_memory_gib": rounds.peak_gib,
         "step_memory_gib": rounds.peak_gib - rounds.baseline_gib,
         "first_loss": rounds.first_loss,
@@ -248,6 +198,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "megatron_core": importlib.metadata.version("megatron-core"),
+            "transformers": importlib.metadata.version("transformers"),
         },
         "config": config.to_flat_dict(),
     }

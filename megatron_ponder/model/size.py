@@ -94,11 +94,11 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     hidden = model.hidden_size
     has_learned_positions = model.position_embedding_type == "learned_absolute"
     norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
-    linear_modules = _linear_modules(model)
-    layer = sum(inputs * outputs for inputs, outputs in linear_modules) + 2 * norm
+    modules = linear_modules(model)
+    layer = sum(inputs * outputs for inputs, outputs in modules) + 2 * norm
     layer += sum(
         outputs
-        for (_, outputs), has_bias in zip(linear_modules, linear_biases(model), strict=True)
+        for (_, outputs), has_bias in zip(modules, linear_biases(model), strict=True)
         if has_bias
     )
     layer += head_norm_parameters(model)
@@ -125,7 +125,7 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
         seq_length: tokens in the sequence.
     """
     assert model.vocab_size is not None and model.kv_channels is not None
-    weights = [inputs * outputs for inputs, outputs in _linear_modules(model)]
+    weights = [inputs * outputs for inputs, outputs in linear_modules(model)]
     attention_width = model.num_attention_heads * model.kv_channels
     head = 2 * seq_length * model.hidden_size * model.vocab_size
     passes = []
@@ -159,7 +159,7 @@ def head_norm_parameters(model: ModelConfig) -> int:
     return 2 * model.kv_channels * (2 if model.normalization == "LayerNorm" else 1)
 
 
-def _linear_modules(model: ModelConfig) -> list[tuple[int, int]]:
+def linear_modules(model: ModelConfig) -> list[tuple[int, int]]:
     """(inputs, outputs) of a layer's linear modules: QKV, attention output, MLP in, MLP out."""
     assert model.kv_channels is not None and model.num_query_groups is not None
     assert model.ffn_hidden_size is not None

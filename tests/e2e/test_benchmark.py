@@ -11,10 +11,11 @@ import pytest
 
 from tests.e2e.launch import LAUNCH_TIMEOUT_S, ROOT
 
-SMALL = (
+SHAPE = (
     "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --vocab-size 64 --seq-length 16 "
-    "--global-batch-size 4 --micro-batch-size 2 --steps 1 --rounds 2 --warmup-steps 1"
+    "--global-batch-size 4 --micro-batch-size 2"
 ).split()
+SMALL = [*SHAPE, *"--steps 1 --rounds 2 --warmup-steps 1".split()]
 
 
 TIMED_RUN_TIMEOUT_S, QUIET_TIMEOUT_S = 900, 300
@@ -45,6 +46,71 @@ def test_train(tmp_path: Path) -> None:
     assert [row["num_jacobi_iterations"] for row in result["by_r"]] == [0, 2]
     assert result["config"]["hidden_size"] == 32
     assert plot.read_bytes().startswith(b"\x89PNG")
+    for side in (ours, reference):
+        phases = side["phases_ms"]
+        parts = ("forward", "backward", "gradients", "optimizer", "other")
+        assert sum(phases[name] for name in parts) == pytest.approx(phases["total"])
+        assert all(phases[name] > 0 for name in parts[:4]), phases
+        assert phases["forward"] + phases["backward"] > 0.3 * phases["total"]
+    assert result["peak_tflops"] is None and ours["mfu"] is None
+
+
+def test_train_beside_the_plain_model_with_trace_and_passes(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    ended = run(
+        *("train", "--json", "--baseline", "plain", "--roofline", "--profile", str(trace)),
+        *(*SMALL, "--rounds", "1", "--num-jacobi-iterations", "1"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["ours"]["first_loss"] == pytest.approx(result["plain"]["first_loss"], abs=1e-5)
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"forward", "backward", "optimizer", "aten::mm"} <= names
+    passes = result["roofline"]["passes"]
+    assert [row["num_stages"] for row in passes] == [1, 2, 2]
+    for row in passes:
+        assert row["reached"] == pytest.approx(row["floor_ms"] / row["forward_ms"])
+        assert row["backward_ms"] > 0 and row["gigabytes"] > 0
+    assert sum(row["share"] for row in passes) == pytest.approx(1)
+
+
+def test_kernels_and_checkpoint() -> None:
+    ended = run("kernels", "--json", *SHAPE, "--only", "SwiGLU", "interleave")
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert set(result["kernels"]) == {"SwiGLU", "interleave"}
+    assert "not timed" in result["triton"]
+    for kernel in result["kernels"].values():
+        assert set(kernel["forms"]) == {"eager", "torch"}
+        assert all(row["gb_per_s"] > 0 and row["error"] < 1e-5 for row in kernel["forms"].values())
+    ended = run("checkpoint", "--json", *SHAPE, "--saves", "2")
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert len(result["stall_s_of_saves"]) == 2 and result["load_s"] > 0
+    # Weights and two moments in fp32; the rest is the run's config and the like.
+    assert result["bytes"] >= 12 * result["parameters"]
+
+
+def test_gpu_report_in_small(tmp_path: Path) -> None:
+    """A part on the CPU, then the same again, and the plan."""
+
+    def report(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools/gpu_report.py"), *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=LAUNCH_TIMEOUT_S,
+        )
+
+    here = ("--allow-cpu", "--tiny", "--folder", str(tmp_path), "--parts", "kernels-410m")
+    ended = report(*here)
+    assert ended.returncode == 0 and "kernels-410m: about" in ended.stdout, ended.stderr
+    assert "eager/this" in (tmp_path / "report.md").read_text()
+    ended = report(*here)
+    assert ended.returncode == 0 and "kernels-410m: there already" in ended.stdout, ended.stderr
+    ended = report("--dry-run")
+    assert ended.returncode == 0 and "--preset llama-1.4b --seq-length 2048" in ended.stdout
 
 
 PIPELINE = (
@@ -149,8 +215,11 @@ def test_predicted_pipeline_is_within_15_percent_of_a_timed_run() -> None:
         ),
         (["train", "--rounds", "0"], "--rounds 0: must be at least 1"),
         (["train", "--plot", "x.png"], "--plot needs --r-values"),
-        (["train", *SMALL, "--hidden-dropout", "0.1"], "the plain PyTorch reference has 0.0 only"),
+        (["train", *SMALL, "--hidden-dropout", "0.1"], "the reference has 0.0 only"),
         (["train", *SMALL, "--num-layer", "2"], "num-layers"),
+        (["kernels", *SHAPE, "--only", "nothing"], '"split and rotate"'),
+        (["checkpoint", *SHAPE, "--saves", "0"], "--saves 0: must be at least 1"),
+        (["checkpoint", *SHAPE, "--folder", "/nowhere"], "--folder /nowhere: no such folder"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
+from megatron_ponder.benchmark.gpu_report import GpuReportOptions
 from megatron_ponder.benchmark.options import (
+    CheckpointBenchmarkOptions,
     GenerateBenchmarkOptions,
+    KernelsBenchmarkOptions,
     PipelineBenchmarkOptions,
     PreprocessBenchmarkOptions,
     TrainBenchmarkOptions,
@@ -41,6 +44,9 @@ OPTIONS = (
     CurvesBenchmarkOptions,
     PreprocessBenchmarkOptions,
     PipelineBenchmarkOptions,
+    KernelsBenchmarkOptions,
+    CheckpointBenchmarkOptions,
+    GpuReportOptions,
     GenerateBenchmarkOptions,
     PlanOptions,
     ScalingOptions,

@@ -1,0 +1,340 @@
+"""The kernels as a list: what each is called with at a model's shape, and what it replaces.
+
+A case knows the function of `kernels/`, its eager chain (the same in torch's ordinary operations,
+differentiated by autograd), inputs at a shape, and how many bytes the formula has to move at least.
+A new kernel is one more case here; whether it has a Triton form is seen from its module.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.kernels.cross_entropy import logits_gradient_, row_statistics_
+from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_stages
+from megatron_ponder.kernels.rms_norm import rms_norm
+from megatron_ponder.kernels.rotary import rotary_table, split_and_rotate
+from megatron_ponder.kernels.stage_norm import norm_stages
+from megatron_ponder.kernels.swiglu import swiglu
+from megatron_ponder.kernels.weight_gradient import add_weight_gradient
+
+EPSILON = 1e-5
+Function = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a model's longest pass over one micro-batch."""
+
+    tokens: int
+    batch: int
+    stages: int
+    hidden: int
+    ffn: int
+    groups: int
+    heads: int
+    head_dim: int
+    rotated: int
+    vocabulary: int
+
+    @property
+    def slots(self) -> int:
+        """Slots in a sequence."""
+        return self.tokens * self.stages
+
+    @property
+    def token_values(self) -> int:
+        """Numbers in the embeddings of all tokens."""
+        return self.tokens * self.batch * self.hidden
+
+    @property
+    def qkv_width(self) -> int:
+        """Of the joint projection."""
+        return (self.heads + 2 * self.groups) * self.head_dim
+
+
+def sizes_of(config: RunConfig) -> Sizes:
+    """Of a resolved run; at least two stages, so that there is something to interleave."""
+    model = config.model
+    assert model.ffn_hidden_size is not None and model.num_query_groups is not None
+    assert model.kv_channels is not None and model.vocab_size is not None
+    return Sizes(
+        tokens=config.data.seq_length,
+        batch=config.training.micro_batch_size,
+        stages=max(2, config.method.num_latent_thoughts + 1),
+        hidden=model.hidden_size,
+        ffn=model.ffn_hidden_size,
+        groups=model.num_query_groups,
+        heads=model.num_attention_heads,
+        head_dim=model.kv_channels,
+        rotated=int(model.rotary_percent * model.kv_channels),
+        vocabulary=model.vocab_size,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelCase:
+    """One kernel at one shape."""
+
+    name: str
+    kernel: Function
+    """A call of it; of the inputs only."""
+    eager: Function
+    """The same in ordinary operations."""
+    inputs: dict[str, Tensor]
+    """What both take, in order."""
+    leaves: tuple[str, ...] = ()
+    """Inputs with a gradient; none: the kernel is not differentiated."""
+    forward_values: int
+    """Numbers of the run's dtype that the forward moves at least."""
+    backward_values: int = 0
+    """The same of the backward."""
+    defined_in: Function
+    """A function of its module."""
+
+    @property
+    def has_triton(self) -> bool:
+        """Whether its module dispatches to a Triton form."""
+        return hasattr(sys.modules[self.defined_in.__module__], "uses_triton")
+
+
+def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[KernelCase]:
+    """All cases, with random inputs."""
+    make = _Inputs(dtype, device)
+    builders = (_slots, _norms, _rotary, _activation, _loss, _weight_gradient)
+    return [case for build in builders for case in build(sizes, make)]
+
+
+class _Inputs:
+    """Random tensors of a dtype on a device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._generator = torch.Generator(device).manual_seed(1)
+
+    def floats(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, device=self._device)
+        return x.to(dtype or self._dtype)
+
+    def ids(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, shape, generator=self._generator, device=self._device)
+
+
+def _slots(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+    """Token embeddings and thoughts in one buffer, and back."""
+    s, b, h, n = sizes.tokens, sizes.batch, sizes.hidden, sizes.stages
+    values, table = sizes.token_values, sizes.vocabulary * h
+    scale = float(math.sqrt(2.5 * h))
+    thoughts = make.floats(s * (n - 1), b, h)
+
+    def lay_out(tokens: Tensor, thoughts: Tensor) -> Tensor:
+        return torch.cat((tokens[:, None], thoughts.view(s, n - 1, b, h)), dim=1).flatten(0, 1)
+
+    return [
+        KernelCase(
+            name="embed, scale, interleave",
+            kernel=lambda ids, weight, thoughts: embed_and_interleave(
+                ids, weight, thoughts, scale=scale, first_row=0
+            ),
+            eager=lambda ids, weight, thoughts: lay_out(
+                F.embedding(ids.t(), weight) * scale, thoughts
+            ),
+            inputs={
+                "ids": make.ids(sizes.vocabulary, b, s),
+                "weight": make.floats(sizes.vocabulary, h),
+                "thoughts": thoughts,
+            },
+            leaves=("weight", "thoughts"),
+            forward_values=2 * n * values,
+            backward_values=(2 * n - 1) * values + table,
+            defined_in=embed_and_interleave,
+        ),
+        KernelCase(
+            name="interleave",
+            kernel=interleave,
+            eager=lay_out,
+            inputs={"tokens": make.floats(s, b, h), "thoughts": thoughts},
+            leaves=("tokens", "thoughts"),
+            forward_values=2 * n * values,
+            backward_values=2 * n * values,
+            defined_in=interleave,
+        ),
+        KernelCase(
+            name="select stages",
+            kernel=lambda hidden: select_stages(hidden, n, range(n - 1, n)),
+            eager=lambda hidden: hidden[n - 1 :: n].contiguous(),
+            inputs={"hidden": make.floats(s * n, b, h)},
+            leaves=("hidden",),
+            forward_values=2 * values,
+            backward_values=(1 + n) * values,
+            defined_in=select_stages,
+        ),
+    ]
+
+
+def _norms(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+    """RMSNorm of all slots, and of the stages that are read."""
+    n, values = sizes.stages, sizes.token_values
+    hidden = make.floats(sizes.slots, sizes.batch, sizes.hidden)
+    weight = make.floats(sizes.hidden)
+
+    def eager(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)).to(
+            x.dtype
+        ) * weight
+
+    return [
+        KernelCase(
+            name="RMSNorm",
+            kernel=lambda x, weight: rms_norm(x, weight, EPSILON),
+            eager=eager,
+            inputs={"x": hidden, "weight": weight},
+            leaves=("x", "weight"),
+            forward_values=2 * n * values,
+            backward_values=3 * n * values,
+            defined_in=rms_norm,
+        ),
+        KernelCase(
+            name="RMSNorm of one stage",
+            kernel=lambda x, weight: norm_stages(
+                x, n, range(n - 1, n), weight, None, EPSILON, is_layer_norm=False
+            ),
+            eager=lambda x, weight: eager(x[n - 1 :: n], weight),
+            inputs={"x": hidden, "weight": weight},
+            leaves=("x", "weight"),
+            forward_values=2 * values,
+            backward_values=(2 + n) * values,
+            defined_in=norm_stages,
+        ),
+    ]
+
+
+def _rotary(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+    """The joint projection to rotated queries, keys, and values."""
+    d, rotated = sizes.head_dim, sizes.rotated
+    width = sizes.qkv_width // sizes.groups
+    mixed = make.floats(sizes.slots, sizes.batch, sizes.groups, width)
+    half = make.floats(sizes.tokens, 1, 1, rotated // 2, dtype=torch.float32)
+    table = rotary_table(torch.cat((half, half), dim=-1), sizes.stages, mixed.dtype)
+
+    def rotate(x: Tensor, table: Tensor) -> Tensor:
+        cos, sin = (torch.cat((part, part), dim=-1) for part in table)
+        turned, rest = x[..., :rotated], x[..., rotated:]
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+        return torch.cat((turned, rest), dim=-1)
+
+    def eager(mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = mixed.split((width - 2 * d, d, d), dim=-1)
+        query = query.reshape(*query.shape[:2], -1, d)
+        return tuple(
+            part.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+            for part in (rotate(query, table), rotate(key, table), value)
+        )  # type: ignore[return-value]
+
+    return [
+        KernelCase(
+            name="split and rotate",
+            kernel=lambda mixed, table: split_and_rotate(mixed, table, d),
+            eager=eager,
+            inputs={"mixed": mixed, "table": table},
+            leaves=("mixed",),
+            forward_values=2 * mixed.numel(),
+            backward_values=2 * mixed.numel(),
+            defined_in=split_and_rotate,
+        )
+    ]
+
+
+def _activation(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+    """The gate of the MLP."""
+    x = make.floats(sizes.slots, sizes.batch, 2 * sizes.ffn)
+
+    def eager(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return F.silu(a) * b
+
+    return [
+        KernelCase(
+            name="SwiGLU",
+            kernel=swiglu,
+            eager=eager,
+            inputs={"x": x},
+            leaves=("x",),
+            forward_values=3 * x.numel() // 2,
+            backward_values=5 * x.numel() // 2,
+            defined_in=swiglu,
+        )
+    ]
+
+
+def _loss(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+    """Statistics of logits, and their gradient, of a chunk of the tokens."""
+    columns = sizes.vocabulary
+    rows = min(sizes.tokens * sizes.batch, max(1, (1 << 27) // columns))
+    logits, labels = make.floats(rows, columns), make.ids(columns, rows)
+    log_sum = torch.logsumexp(logits.float(), dim=1)
+    gradient = torch.ones_like(log_sum)
+
+    def statistics(logits: Tensor, labels: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest = wide.amax(dim=1)
+        total = (wide - largest[:, None]).exp().sum(dim=1)
+        return torch.stack((largest, total, wide.gather(1, labels[:, None])[:, 0]))
+
+    def derivative(logits: Tensor, labels: Tensor, log_sum: Tensor, gradient: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probabilities = (wide - log_sum[:, None]).exp()
+        one_hot = F.one_hot(labels, columns)
+        return ((probabilities - one_hot) * gradient[:, None]).to(logits.dtype)
+
+    return [
+        KernelCase(
+            name="cross entropy: statistics",
+            kernel=lambda logits, labels: row_statistics_(logits, labels, columns),
+            eager=statistics,
+            inputs={"logits": logits, "labels": labels},
+            forward_values=logits.numel(),
+            defined_in=row_statistics_,
+        ),
+        KernelCase(
+            name="cross entropy: gradient",
+            kernel=lambda x, y, log_sum, g: logits_gradient_(x, y, log_sum, g, columns),
+            eager=derivative,
+            inputs={"logits": logits, "labels": labels, "log_sum": log_sum, "gradient": gradient},
+            forward_values=2 * logits.numel(),
+            defined_in=logits_gradient_,
+        ),
+    ]
+
+
+def _weight_gradient(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+    """A product that is added to an fp32 buffer; its floor is arithmetic, not traffic."""
+    rows, h, f = sizes.slots * sizes.batch, sizes.hidden, sizes.ffn
+    dy, x = make.floats(rows, f), make.floats(rows, h)
+    buffer = torch.zeros(f, h, device=x.device)
+
+    def kernel(buffer: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+        add_weight_gradient(buffer, dy, x)
+        return buffer
+
+    def eager(buffer: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+        return buffer.add_((dy.t() @ x).to(buffer.dtype))
+
+    return [
+        KernelCase(
+            name="weight gradient",
+            kernel=kernel,
+            eager=eager,
+            inputs={"buffer": buffer, "dy": dy, "x": x},
+            forward_values=dy.numel() + x.numel() + 2 * buffer.numel() * 4 // x.element_size(),
+            defined_in=add_weight_gradient,
+        )
+    ]

@@ -1,0 +1,201 @@
+"""Each pass of a plan against its floor: FLOPs, bytes, the least time, the time it takes.
+
+A pass is cut into matrix products and what lies between them. The floor of each piece is its
+arithmetic at the measured rate of products or its traffic at the measured rate of copies, whichever
+is longer; the floor of the pass is their sum, since one begins when the one before has ended.
+
+Traffic counts, in the dtype of the run, that every piece reads its operands and writes its results
+once. What lies between two products is one piece, as one fused kernel would do it: residual add and
+norm (read the stream and the branch, write the sum and its norm), rotary positions (read and write
+queries and keys), activation, embedding, loss (reads the logits). Attention reads queries, keys and
+values and writes its output. So the floor can be reached only by fusing everything that can be
+fused without joining two products; it is no estimate of what is possible beyond that.
+
+Times are of single passes run one by one, the host waiting for the device in between; the backward
+is cut where the gradient of what a pass handed on is complete. Left out: backward floors, more than
+one rank, and anything that is computed twice to save memory.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ponder.benchmark.device_rates import DeviceRates, measure_rates
+from megatron_ponder.benchmark.phases import wait_for_device
+from megatron_ponder.benchmark.steps import OurSteps
+from megatron_ponder.config.schema import ModelConfig, RunConfig
+from megatron_ponder.model.size import linear_modules
+from megatron_ponder.ponder.plan import Pass, PassPlan
+from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.runtime.device import device
+
+REPETITIONS = 3
+"""Times that all passes are run; the least time of each counts."""
+SQUARE = {"cuda": 8192, "cpu": 1024}
+"""By device: edge of the square product that is measured beside the model's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A piece of a pass over one micro-batch."""
+
+    name: str
+    flops: float
+    values: float
+    """Numbers read and written, each once."""
+
+
+def pass_operations(
+    model: ModelConfig, plan: PassPlan, pass_: Pass, *, tokens: int, seq_length: int
+) -> list[Operation]:
+    """The pieces of a pass.
+
+    Args:
+        model: resolved.
+        plan: that the pass belongs to.
+        pass_: the pass.
+        tokens: of the micro-batch.
+        seq_length: tokens of each of its sequences.
+    """
+    assert model.vocab_size is not None
+    h, v = model.hidden_size, model.vocab_size
+    slots, read_slots = tokens * pass_.num_stages, tokens * pass_.num_read_stages
+    pieces = [Operation("input", 0, 2 * slots * h)]
+    for layer in range(model.num_layers):
+        is_last = layer == model.num_layers - 1
+        behind = read_slots if is_last else slots
+        pieces += _layer(model, slots, behind, seq_length * pass_.num_stages)
+    pieces.append(Operation("residual and final norm", 0, 4 * read_slots * h))
+    if pass_.mixes_embeddings:
+        pieces += [
+            _product("mixture: head", read_slots, h, v),
+            Operation("mixture: softmax", 0, 2 * read_slots * v),
+            _product("mixture: embeddings", read_slots, v, h),
+        ]
+    if plan.is_last(pass_):
+        pieces += [_product("head", tokens, h, v), Operation("loss", 0, tokens * v)]
+    return pieces
+
+
+def _layer(
+    model: ModelConfig, slots: int, behind: int, slots_per_sequence: int
+) -> Iterator[Operation]:
+    """The pieces of a layer; behind attention it works on `behind` slots."""
+    assert model.kv_channels is not None and model.num_query_groups is not None
+    h = model.hidden_size
+    (_, qkv_width), (width, _), (_, mlp_width), (ffn, _) = linear_modules(model)
+    keys_width = model.num_query_groups * model.kv_channels
+    yield Operation("residual and norm", 0, 4 * slots * h)
+    yield _product("QKV", slots, h, qkv_width)
+    if model.position_embedding_type == "rope":
+        yield Operation("rotary", 0, 2 * slots * (width + keys_width))
+    yield Operation(
+        "attention",
+        2 * slots * slots_per_sequence * width,  # half of the square, two products
+        slots * (qkv_width + width),
+    )
+    yield _product("attention output", behind, width, h)
+    # With a parallel residual the norm of the MLP is in the piece before attention.
+    yield Operation("residual and norm", 0, (2 if model.parallel_residual else 4) * behind * h)
+    yield _product("MLP in", behind, h, mlp_width)
+    yield Operation("activation", 0, behind * (mlp_width + ffn))
+    yield _product("MLP out", behind, ffn, h)
+
+
+def _product(name: str, m: int, k: int, n: int) -> Operation:
+    """[m, k] times weights [k, n]."""
+    return Operation(name, 2 * m * k * n, m * k + k * n + m * n)
+
+
+def measure_roofline(side: OurSteps) -> dict[str, Any]:
+    """Time every pass of the evaluation's R, forward and backward, and set it beside its floor.
+
+    Args:
+        side: ours, built; its gradients are overwritten.
+
+    Returns:
+        `rates`, and for each of `passes` and for their `total`: `gflops`, `gigabytes`, `floor_ms`,
+        `forward_ms`, `reached` (floor over forward), `backward_ms`, and its `share` of both times.
+    """
+    config = side.config
+    method = side.trainee.model.method
+    plan = training_plan(method, config.method.num_jacobi_iterations)
+    bytes_per_value = 2 if config.training.bf16 else 4
+    rates = _rates(config, plan)
+    times = [_time_passes(side, plan) for _ in range(REPETITIONS)]
+    forward = [min(column) for column in zip(*(f for f, _ in times), strict=True)]
+    backward = [min(column) for column in zip(*(b for _, b in times), strict=True)]
+    rows = []
+    for pass_, forward_s, backward_s in zip(plan.passes, forward, backward, strict=True):
+        pieces = pass_operations(
+            config.model,
+            plan,
+            pass_,
+            tokens=config.training.micro_batch_size * config.data.seq_length,
+            seq_length=config.data.seq_length,
+        )
+        rows.append(
+            {
+                "num_stages": pass_.num_stages,
+                "num_read_stages": pass_.num_read_stages,
+                "gflops": sum(p.flops for p in pieces) / 1e9,
+                "gigabytes": sum(p.values for p in pieces) * bytes_per_value / 1e9,
+                "floor_ms": 1e3
+                * sum(rates.floor_s(p.flops, p.values * bytes_per_value) for p in pieces),
+                "forward_ms": 1e3 * forward_s,
+                "backward_ms": 1e3 * backward_s,
+            }
+        )
+    keys = ("gflops", "gigabytes", "floor_ms", "forward_ms", "backward_ms")
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in keys}
+    step_ms = total["forward_ms"] + total["backward_ms"]
+    for row in [*rows, total]:
+        row["reached"] = row["floor_ms"] / row["forward_ms"]
+        row["share"] = (row["forward_ms"] + row["backward_ms"]) / step_ms
+    return {"rates": dataclasses.asdict(rates), "passes": rows, "total": total}
+
+
+def _rates(config: RunConfig, plan: PassPlan) -> DeviceRates:
+    """Of the model's largest products, and of a large square one."""
+    tokens = config.training.micro_batch_size * config.data.seq_length * plan.max_stages
+    edge = SQUARE[device().type]
+    shapes = [(tokens, inputs, outputs) for inputs, outputs in linear_modules(config.model)]
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    return measure_rates(dtype, [*shapes, (edge, edge, edge)])
+
+
+def _time_passes(side: OurSteps, plan: PassPlan) -> tuple[list[float], list[float]]:
+    """Seconds of each pass's forward and of its backward (0 for a pass without a gradient)."""
+    (model,) = side.trainee.model.modules
+    batch = {name: tensor.to(device()) for name, tensor in next(side.batches).items()}
+    forward: list[float] = []
+    ends: dict[int, float] = {}
+    carry: Tensor | None = None
+    for pass_ in plan.passes:
+        begin_s = _now()
+        carry = model.forward_pass(pass_, plan, batch["tokens"], batch["labels"], carry)
+        forward.append(_now() - begin_s)
+        if carry.requires_grad and not plan.is_last(pass_):
+            # Its gradient is complete when the passes behind it have had their backward.
+            carry.register_hook(lambda _, index=pass_.index: ends.update({index + 1: _now()}))
+    assert carry is not None
+    begin_s = _now()
+    with side.trainee.model.no_sync():
+        carry.sum().backward()
+    ends[plan.first_grad_pass] = _now()
+    backward = []
+    for pass_ in reversed(plan.passes):
+        end_s = ends.get(pass_.index, begin_s)
+        backward.append(end_s - begin_s)
+        begin_s = end_s
+    return forward, backward[::-1]
+
+
+def _now() -> float:
+    """Seconds, when the device is done."""
+    wait_for_device()
+    return time.perf_counter()

@@ -1,0 +1,165 @@
+"""One optimizer step of each side: ours, on stock transformers layers, in plain PyTorch.
+
+All start from the same weights and take the same random tokens. Ours is the training step of a run.
+The other two are written as one would write them: gradients summed over micro-batches, autocast if
+the run is in bf16, fused AdamW, clipping.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ponder.benchmark.phases import Phase, named_phases, unnamed
+from megatron_ponder.benchmark.reference import build_reference, loss_function
+from megatron_ponder.benchmark.stock_reference import build_stock_reference
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.convert.weight_names import to_megatron
+from megatron_ponder.parallel.schedule import Batch
+from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.runtime.device import device
+from megatron_ponder.train.run import build_trainee
+from megatron_ponder.train.step import train_step
+
+
+class Steps(Protocol):
+    """A side."""
+
+    def step(self, iteration: int, phase: Phase = unnamed) -> float:
+        """Take an optimizer step; the loss before it.
+
+        Args:
+            iteration: its number, from 1.
+            phase: names the parts of the step.
+        """
+
+
+def build_steps(name: str, baseline: str, config: RunConfig) -> Steps:
+    """A side.
+
+    Args:
+        name: ours, reference or plain.
+        baseline: what ours is compared with: reference, plain or none.
+        config: resolved for one process.
+
+    Raises:
+        PonderError: the side does not have these settings.
+    """
+    if name == "ours":
+        return OurSteps(config, baseline)
+    return PlainSteps(config, name)
+
+
+class OurSteps:
+    """This package's training step, from the baseline's initial weights."""
+
+    def __init__(self, config: RunConfig, baseline: str = "none") -> None:
+        self.config = config
+        self.trainee = build_trainee(config)
+        weights = {}
+        if baseline == "reference":
+            weights = build_stock_reference(config).stock_weights(config.model)
+        elif baseline == "plain":
+            weights = dict(_build_plain(config).model.named_parameters())
+        if weights:
+            state = to_megatron({k: w.detach() for k, w in weights.items()}, config.model)
+            (model,) = self.trainee.model.modules
+            model.load_state_dict(state, strict=False)
+            self.trainee.optimizer.reload_model_params()
+        self.batches = random_batches(config)
+
+    def step(self, iteration: int, phase: Phase = unnamed) -> float:
+        """See `Steps`."""
+        with named_phases(self.trainee, phase):
+            return train_step(
+                self.config, self.trainee, self.batches, iteration=iteration, wants_stop=False
+            ).loss
+
+
+class PlainSteps:
+    """The same without megatron-core."""
+
+    def __init__(self, config: RunConfig, name: str) -> None:
+        self.config = config
+        build = {"reference": build_stock_reference, "plain": _build_plain}[name]
+        self.model = build(config).to(device()).train()
+        self.optimizer = _fused_adamw(self.model, config)
+        self.batches = random_batches(config)
+
+    def step(self, iteration: int, phase: Phase = unnamed) -> float:
+        """See `Steps`."""
+        training = self.config.training
+        assert training.global_batch_size is not None
+        num_microbatches = training.global_batch_size // training.micro_batch_size
+        r = jacobi_iterations(self.config.method, training.seed, iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=device())
+        for _ in range(num_microbatches):
+            with phase("forward"):
+                batch = next(self.batches)
+                tokens, labels = (
+                    batch[key].to(device(), non_blocking=True) for key in ("tokens", "labels")
+                )
+                with torch.autocast(device().type, torch.bfloat16, enabled=training.bf16):
+                    loss = self.model(tokens, labels, r) / num_microbatches
+            with phase("backward"):
+                loss.backward()
+            loss_sum += loss.detach()
+        with phase("gradients"):
+            clip = self.config.optimizer.clip_grad or math.inf
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        with phase("optimizer"):
+            self.optimizer.step()
+        return loss_sum.item()
+
+
+class _WithLoss(nn.Module):
+    """The plain model and its loss."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.model = build_reference(config)
+
+    def forward(self, tokens: Tensor, labels: Tensor, num_jacobi_iterations: int) -> Tensor:
+        """Mean cross entropy of tokens and the token after each, int64 [b, s]."""
+        return loss_function(self.model(tokens, num_jacobi_iterations), labels)
+
+
+def _build_plain(config: RunConfig) -> _WithLoss:
+    """The plain model on the CPU, with torch's initial weights, drawn from the run's seed."""
+    torch.manual_seed(config.training.seed)
+    with torch.device("cpu"):
+        return _WithLoss(config)
+
+
+def _fused_adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW that decays what we decay."""
+    optim = config.optimizer
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": optim.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=optim.lr,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_eps,
+        fused=True,
+    )
+
+
+def random_batches(config: RunConfig) -> Iterator[Batch]:
+    """Random tokens, the same for all sides."""
+    generator = torch.Generator().manual_seed(config.training.seed)
+    shape = (config.training.micro_batch_size, config.data.seq_length + 1)
+    assert config.model.vocab_size is not None
+    while True:
+        ids: Tensor = torch.randint(config.model.vocab_size, shape, generator=generator)
+        yield {
+            "tokens": ids[:, :-1].contiguous(),
+            "labels": ids[:, 1:].contiguous(),
+            "loss_mask": torch.ones(shape[0], shape[1] - 1),
+        }

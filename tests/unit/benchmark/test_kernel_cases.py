@@ -1,0 +1,57 @@
+"""The list of kernels is whole, and each case compares the kernel with the same computation."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_ponder.kernels
+from megatron_ponder.benchmark.kernel_cases import Sizes, build_cases
+from megatron_ponder.benchmark.kernels import _largest_error, _results
+
+SIZES = Sizes(
+    tokens=5,
+    batch=2,
+    stages=3,
+    hidden=12,
+    ffn=7,
+    groups=2,
+    heads=4,
+    head_dim=6,
+    rotated=4,
+    vocabulary=23,
+)
+CASES = {case.name: case for case in build_cases(SIZES, torch.float32, torch.device("cpu"))}
+NO_KERNELS = {"__init__", "dispatch"}
+
+
+def error(case):
+    return _largest_error(_results(case, case.kernel), _results(case, case.eager, torch.float64))
+
+
+def test_every_file_of_kernels_has_a_case():
+    folder = Path(megatron_ponder.kernels.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")} - NO_KERNELS
+    assert files == {case.defined_in.__module__.rsplit(".", 1)[1] for case in CASES.values()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_is_its_eager_chain(name):
+    assert error(CASES[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_kernel_is_caught(name):
+    case = CASES[name]
+
+    def wrong(*inputs):
+        outputs = case.kernel(*inputs)
+        first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        return (1.001 * first, *others)
+
+    assert error(dataclasses.replace(case, kernel=wrong)) > 1e-4
+
+
+def test_those_with_a_triton_form_are_known():
+    assert CASES["interleave"].has_triton and not CASES["SwiGLU"].has_triton
