@@ -348,6 +348,8 @@ def describe_point(
         "changes": point.changes,
         "world_size": point.world_size,
         "ms_per_step": statistics.median(measured.ms),
+        "ms_per_step_of_rounds": measured.ms,
+        "base_ms_per_step_of_rounds": measured.base_ms,
         "memory_bytes": measured.memory_bytes,
         "predicted_memory_bytes": predicted.memory_bytes,
         "flops": predicted.flops,
@@ -355,6 +357,9 @@ def describe_point(
             "median": statistics.median(ratios),
             "least": min(ratios),
             "largest": max(ratios),
+            "quartiles": _quartiles(ratios),
+            # Of each side's fastest round, which other processes disturbed least.
+            "of_fastest": min(measured.ms) / min(measured.base_ms),
             "predicted": predicted.seconds / base.seconds,
         },
         "memory": {
@@ -362,3 +367,11 @@ def describe_point(
             "predicted": predicted.memory_bytes / base.memory_bytes,
         },
     }
+
+
+def _quartiles(ratios: list[float]) -> list[float]:
+    """First and third: what a few disturbed rounds do not move."""
+    if len(ratios) == 1:
+        return [*ratios, *ratios]
+    first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
+    return [first, third]

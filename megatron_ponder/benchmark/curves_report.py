@@ -38,20 +38,22 @@ def as_text(result: dict[str, Any]) -> str:
         "at the end",
         f"base: {base['ms_per_step']:.1f} ms/step, {base['memory_bytes'] / MIB:.1f} MiB "
         f"({base['predicted_memory_bytes'] / MIB:.1f} predicted), {base['flops'] / 1e9:.4g} GFLOP",
-        f"ratios to it, time as the median of {result['rounds']} rounds (least to largest)",
+        f"ratios to it, time as the median of {result['rounds']} rounds (least to largest), and of "
+        "both sides' fastest",
     ]
     for variable, points in result["curves"].items():
         lines += [
             "",
-            f"{TITLES[variable]:>44} {'time':>6} {'':>16} {'by FLOPs':>9} {'memory':>7} "
-            f"{'planned':>8}",
+            f"{TITLES[variable]:>44} {'time':>6} {'':>16} {'fastest':>8} {'by FLOPs':>9} "
+            f"{'memory':>7} {'planned':>8}",
         ]
         for point in points:
             time, memory = point["time"], point["memory"]
             spread = f"({time['least']:.2f} to {time['largest']:.2f})"
             lines.append(
                 f"{point['value']:>44} {time['median']:>6.2f} {spread:>16} "
-                f"{time['predicted']:>9.2f} {memory['measured']:>7.2f} {memory['predicted']:>8.2f}"
+                f"{time['of_fastest']:>8.2f} {time['predicted']:>9.2f} "
+                f"{memory['measured']:>7.2f} {memory['predicted']:>8.2f}"
             )
     lines += [f"\nleft out: {what}: {why}" for what, why in result["skipped"].items()]
     return "\n".join(lines)
@@ -113,17 +115,25 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw_curve(axes: Axes, variable: str, points: Sequence[dict[str, Any]]) -> None:
-    """Measured ratios as points, with the spread of the rounds; predicted ones as lines."""
+    """Measured ratios as points, with the middle half of the rounds; predicted ones as lines."""
     values = [point["value"] for point in points]
     is_named = isinstance(values[0], str)
     places = range(len(values)) if is_named else values
     time = [point["time"]["median"] for point in points]
     spread = [
-        [point["time"]["median"] - point["time"]["least"] for point in points],
-        [point["time"]["largest"] - point["time"]["median"] for point in points],
+        [point["time"]["median"] - point["time"]["quartiles"][0] for point in points],
+        [point["time"]["quartiles"][1] - point["time"]["median"] for point in points],
     ]
     style: dict[str, Any] = {"linestyle": "none", "capsize": 3, "markersize": 5}
-    axes.errorbar(places, time, spread, marker="o", color=TIME, label="time, measured", **style)
+    axes.errorbar(
+        places,
+        time,
+        spread,
+        marker="o",
+        color=TIME,
+        label="time, measured (bar: middle half of rounds)",
+        **style,
+    )
     line: dict[str, Any] = {"linestyle": "none", "marker": "_", "markersize": 16}
     if not is_named:
         line = {"linestyle": "--", "linewidth": 1.2}

@@ -53,7 +53,7 @@ from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.model.specs import layer_spec
 from megatron_ponder.model.transformer_config import build_transformer_config
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.runtime.backends import Backends
+from megatron_ponder.runtime.backends import REFERENCE
 from megatron_ponder.runtime.distributed import process_groups
 
 MAX_FILE_BYTES = 5 * 10**8
@@ -82,27 +82,16 @@ class Piece:
         return tuple(slice(start, start + length) for start, length in within)
 
 
-LOCAL = Backends(
-    kernels="torch",
-    transformer_impl="local",
-    attention="sdpa",
-    sdpa_order=(),
-    weight_gradient="none",
-    reasons={},
-)
-"""For a model that computes nothing; all backends store parameters under the same keys."""
-
-
 def build_bare_model(config: RunConfig) -> PonderGPTModel:
     """A run's whole model with weights that are not set. Needs the groups of one process."""
-    transformer_config = build_transformer_config(config, LOCAL)
+    transformer_config = build_transformer_config(config, REFERENCE)
     # Also because fake tensors and random generators do not go together.
     transformer_config.perform_initialization = False
     return PonderGPTModel(
         transformer_config,
         shape=config.model,
         method=load_method(config.method),
-        layer_spec=layer_spec(config, LOCAL),
+        layer_spec=layer_spec(config, REFERENCE),
         pg_collection=process_groups(),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ponder.checkpoint.reader import load_weights, locate, read_config
 from megatron_ponder.config.resolve import resolve
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.schema import BackendConfig, RunConfig
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ponder.errors import DataError
 from megatron_ponder.inference.logits import whole_logits
@@ -149,8 +149,13 @@ def loaded_model(
 def _for_this_layout(
     config: RunConfig, options: CheckpointOptions, num_jacobi_iterations: int | None
 ) -> RunConfig:
-    """The training run's config with all ranks sharing each layer, and what the options change."""
-    changes: dict[str, object] = {}
+    """The training run's config with all ranks sharing each layer, and what the options change.
+
+    By which libraries a run computed does not matter to a model that is read, maybe elsewhere; and
+    the cache of a generation is our attention's.
+    """
+    backend = BackendConfig(attention_backend="sdpa")
+    changes: dict[str, object] = dataclasses.asdict(backend)
     if num_jacobi_iterations is not None:
         changes["num_jacobi_iterations"] = num_jacobi_iterations
     if options.tokenizer_model is not None:

@@ -48,7 +48,8 @@ def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tenso
     Args:
         mixed: [slots, b, groups, (n + 2) * d]; each group holds its n queries, its key, its value.
             With Triton it is overwritten.
-        table: from `rotary_table`, 2r <= d.
+        table: from `rotary_table`, 2r <= d; or [2, slots, b, 1, r] with rows of its own for each
+            sequence, where sequences are at different positions.
         head_dim: d.
 
     Returns:

@@ -25,6 +25,7 @@ def build_transformer_config(config: RunConfig, backends: Backends) -> Transform
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     num_layer_chunks = parallel.num_virtual_stages_per_pipeline_rank
+    has_fp8 = backends.transformer_impl == "transformer_engine"
     recomputes_layers = config.training.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -58,7 +59,7 @@ def build_transformer_config(config: RunConfig, backends: Backends) -> Transform
         recompute_granularity="full" if recomputes_layers else None,
         recompute_method=config.training.recompute_method if recomputes_layers else None,
         recompute_num_layers=config.training.recompute_num_layers if recomputes_layers else None,
-        fp8=config.backend.fp8_format,
+        fp8=config.backend.fp8_format if has_fp8 else None,
         # Delayed scaling would update its history of largest entries once per pass.
         fp8_recipe=Fp8Recipe.tensorwise,
         gradient_accumulation_fusion=backends.weight_gradient != "none",

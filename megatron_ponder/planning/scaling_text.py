@@ -82,7 +82,7 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
                 *cells,
                 layout_name(row["layout"]),
                 row["layout"]["recompute_granularity"] or NOTHING,
-                f"{step_s:#.3g}",
+                f"{step_s:#.3g}".rstrip("."),
                 *(f"{share:.1%}" if share else NOTHING for share in shares),
                 f"{ours['tokens_per_s_per_device']:,.0f}",
                 f"{ours['tokens_per_s']:,.0f}",

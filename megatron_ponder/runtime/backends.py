@@ -1,11 +1,11 @@
 """Which implementations a run uses, from what it asks for and what the machine has.
 
 `choose_backends` is a pure function of the two. What is asked for by name and cannot be used is an
-error; what `auto` chose is logged once, with the reason. `auto` never chooses TransformerEngine's
-layers unless fp8 needs them: they have not been measured against ours yet.
+error; what `auto` chose is logged once by training, with the reason. `auto` never chooses
+TransformerEngine's layers unless fp8 needs them: they have not been measured against ours yet.
 
 Left out: what megatron-core takes for itself where TransformerEngine or apex are installed (Adam,
-the gradient norm); `runtime.doctor` tells.
+the gradient norm); `runtime.diagnosis` tells.
 """
 
 import dataclasses
@@ -49,6 +49,17 @@ class Backends:
     """What adds weight gradients up within their product; none: autograd does, behind it."""
     reasons: dict[str, str]
     """Setting to why it is what it is."""
+
+
+REFERENCE = Backends(
+    kernels="torch",
+    transformer_impl="local",
+    attention="sdpa",
+    sdpa_order=(),
+    weight_gradient="none",
+    reasons={},
+)
+"""What runs everywhere, for a model that is built and not run."""
 
 
 def choose_backends(config: RunConfig, found: Capabilities) -> Backends:
@@ -249,23 +260,24 @@ def pin_sdpa(order: tuple[str, ...]) -> None:
         _pinned.enter_context(sdpa_kernel(backends, set_priority=True))
 
 
-_told: Backends | None = None
-
-
 def use_backends(config: RunConfig) -> Backends:
-    """Choose, log once, and set what is set for a whole process.
+    """Choose, and set what is set for a whole process.
 
     Raises:
         BackendError: see `choose_backends`.
     """
-    global _told
     backends = choose_backends(config, find_capabilities())
     pin_sdpa(backends.sdpa_order)
-    if backends != _told:
-        for setting, reason in backends.reasons.items():
-            logger.info("%s: %s (%s)", setting, describe(backends)[setting], reason)
-        _told = backends
     return backends
+
+
+def log_choices(backends: Backends) -> None:
+    """Say what was chosen and why. Training does, once; tools print their result and nothing else.
+
+    `tools/doctor.py` says the same for any settings.
+    """
+    for setting, choice in describe(backends).items():
+        logger.info("%s: %s (%s)", setting, choice, backends.reasons[setting])
 
 
 def describe(backends: Backends) -> dict[str, str]:

@@ -36,7 +36,7 @@ from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import build_parallel_model
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.ponder.schedule import training_plan
-from megatron_ponder.runtime.backends import use_backends
+from megatron_ponder.runtime.backends import log_choices, use_backends
 from megatron_ponder.runtime.device import device
 from megatron_ponder.runtime.distributed import (
     is_rank_zero,
@@ -69,7 +69,7 @@ def run(config: RunConfig) -> None:
         tokenizer_vocab_size=tokenizer.vocab_size,
     )
     with running(config.parallel, config.training.seed):
-        use_backends(config)
+        log_choices(use_backends(config))
         prepare_folder(config)
         checkpoint = find_checkpoint(config.checkpoint)
         num_samples = num_samples_needed(config)

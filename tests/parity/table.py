@@ -1,7 +1,7 @@
 """Fills the parity tables of docs/parallelism.md: python -m tests.parity.table (half an hour).
 
-Runs the whole matrix. Finished runs are kept in runs/parity.jsonl, so that it can be interrupted;
-delete the file to measure anew.
+Runs the whole matrix. Finished runs are kept in runs/parity.jsonl, so that it can be interrupted,
+and models that are added later are measured alone; delete the file to measure all anew.
 """
 
 import importlib.metadata
@@ -68,17 +68,22 @@ def run_matrix() -> dict[str, dict[str, dict[str, list[float]]]]:
     KEPT.parent.mkdir(exist_ok=True)
     for line in KEPT.read_text().splitlines() if KEPT.exists() else []:
         run = json.loads(line)
-        found[run["layout"]][run["recompute"]] = run["differences"]
-    todo = [(n, r) for n in LAYOUTS for r in RECOMPUTE if r not in found[n]]
+        found[run["layout"]].setdefault(run["recompute"], {}).update(run["differences"])
+    todo = [
+        (name, recompute, missing)
+        for name in LAYOUTS
+        for recompute in RECOMPUTE
+        if (missing := [m for m in MODELS if m not in found[name].get(recompute, {})])
+    ]
     with tempfile.TemporaryDirectory() as folder:
         prepare_checkpoints(Path(folder))
         truth = measure_layout(Layout(1, {}), list(MODELS), folder, NUM_STEPS_OF_MATRIX)[0]
         start_s = time.monotonic()
-        for position, (name, recompute) in enumerate(todo):
+        for position, (name, recompute, models) in enumerate(todo):
             layout = LAYOUTS[name]
             settings = layout.settings | RECOMPUTE[recompute]
             wider = Layout(layout.world_size, settings)
-            by_rank = measure_layout(wider, list(MODELS), folder, NUM_STEPS_OF_MATRIX)
+            by_rank = measure_layout(wider, models, folder, NUM_STEPS_OF_MATRIX)
             cell = {
                 model: [
                     max(column)
@@ -86,9 +91,9 @@ def run_matrix() -> dict[str, dict[str, dict[str, list[float]]]]:
                         *(differences(m[model], truth[model]) for m in by_rank), strict=True
                     )
                 ]
-                for model in MODELS
+                for model in models
             }
-            found[name][recompute] = cell
+            found[name].setdefault(recompute, {}).update(cell)
             with KEPT.open("a") as kept:
                 record = {"layout": name, "recompute": recompute, "differences": cell}
                 kept.write(json.dumps(record) + "\n")

@@ -2,10 +2,11 @@
 
 One program takes one slot of one sequence: its whole row of heads, of which the first 2r channels
 are rotated where they are and the values stay untouched. All stages of a token read the same row of
-the table, at slot // stages. Queries, keys and values are then views of the projection's output,
-which nobody else needs: megatron-core's linear layers keep their input. Heads of one group lie
-together, so that queries have one stride over heads only where groups have one query each, or there
-is one group; else they are copied, as torch attention takes no other layout.
+the table, at slot // stages; while decoding, each sequence has a row of its own. Queries, keys and
+values are then views of the projection's output, which nobody else needs: megatron-core's linear
+layers keep their input. Heads of one group lie together, so that queries have one stride over heads
+only where groups have one query each, or there is one group; else they are copied, as torch's
+attention takes no other layout.
 """
 
 from typing import Any
@@ -26,6 +27,7 @@ def _rotate(
     batch,
     stages,
     num_table_rows,
+    table_batch,
     num_groups,
     heads_each,
     head_dim,
@@ -35,7 +37,8 @@ def _rotate(
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     inside = channels < half
-    angle = table + row // batch // stages * half + channels
+    slot, in_batch = row // batch, row % batch
+    angle = table + (slot // stages * table_batch + in_batch % table_batch) * half + channels
     cos = tl.load(angle, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(angle + num_table_rows * half, mask=inside, other=0.0).to(tl.float32)
     row_width = num_groups * (heads_each + 1) * head_dim
@@ -63,6 +66,7 @@ def _join_and_rotate_back(
     batch,
     stages,
     num_table_rows,
+    table_batch,
     num_groups,
     heads_each,
     head_dim,
@@ -84,7 +88,8 @@ def _join_and_rotate_back(
     # A rotated channel's partner; of the others the channel itself, at an angle of 0.
     partner = tl.where(channels < half, channels + half, channels - half)
     partner = tl.where(channels < 2 * half, partner, channels)
-    angle = table + slot // stages * half + tl.where(channels < half, channels, channels - half)
+    angle = table + (slot // stages * table_batch + in_batch % table_batch) * half
+    angle += tl.where(channels < half, channels, channels - half)
     cos = tl.load(angle, mask=channels < 2 * half, other=1.0).to(tl.float32)
     sin = tl.load(angle + num_table_rows * half, mask=channels < 2 * half, other=0.0)
     # Back by the same angle: x1 = y1 cos + y2 sin; x2 = y2 cos - y1 sin.
@@ -125,7 +130,7 @@ class _SplitAndRotate(torch.autograd.Function):
     def forward(ctx: Any, mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixed = mixed.contiguous()
         slots, batch, groups, num_heads, d = mixed.shape
-        half = table.size(-1)
+        table, half = table.contiguous(), table.size(-1)
         ctx.save_for_backward(table)
         ctx.shape = mixed.shape
         _rotate[(slots * batch,)](
@@ -133,7 +138,8 @@ class _SplitAndRotate(torch.autograd.Function):
             table,
             batch,
             slots // table.size(1),
-            table.size(1),
+            table.size(1) * table.size(2),
+            table.size(2),
             groups,
             num_heads - 1,
             d,
@@ -164,7 +170,8 @@ class _SplitAndRotate(torch.autograd.Function):
             table,
             batch,
             slots // table.size(1),
-            table.size(1),
+            table.size(1) * table.size(2),
+            table.size(2),
             groups,
             num_heads - 1,
             d,

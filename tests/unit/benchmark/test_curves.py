@@ -84,8 +84,9 @@ def test_ratios_are_of_rounds() -> None:
     base = Prediction(flops=1.0, seconds=predict(*point.run).seconds / 4, memory_bytes=100)
     measured = _Measured(ms=[10.0, 60.0, 8.0], base_ms=[5.0, 10.0, 8.0], memory_bytes=300)
     found = describe_point(point, base, measured, base_memory_bytes=200)
+    assert found["time"].pop("quartiles") == [1.5, 4.0]
     assert found["time"] == pytest.approx(
-        {"median": 2.0, "least": 1.0, "largest": 6.0, "predicted": 4.0}
+        {"median": 2.0, "least": 1.0, "largest": 6.0, "of_fastest": 1.6, "predicted": 4.0}
     )
     assert found["memory"]["measured"] == 1.5 and found["ms_per_step"] == 10.0
 

@@ -105,6 +105,20 @@ def test_triton_equals_torch(groups, queries_per_group, d, r, num_stages, dtype)
     assert_close(ours[3], expected[3].to(dtype), GRADIENT)
 
 
+def test_triton_takes_positions_of_each_sequence():
+    """As decoding does, where sequences of a batch are at different places."""
+    generator = torch.Generator().manual_seed(2)
+    mixed = torch.randn(2, 3, 2, 24, generator=generator).to(DEVICE)
+    whole = rotary_table(angles_of(9, 4).float().to(DEVICE), 1, torch.float32)
+    positions = torch.tensor([[0, 1], [7, 8], [3, 4]], device=DEVICE)  # [b, slots]
+    table = whole[:, positions, 0].transpose(1, 2)  # [2, b, slots, 1, r] -> [2, slots, b, 1, r]
+    expected = split_and_rotate(mixed.clone(), table, 8)
+    with kernels_chosen("triton"):
+        found = split_and_rotate(mixed, table, 8)
+    for actual, reference in zip(found, expected, strict=True):
+        assert_close(actual, reference, FORWARD)
+
+
 def test_triton_rotates_in_place_where_heads_have_one_stride():
     mixed = torch.randn(4, 1, 3, 24, device=DEVICE)
     with kernels_chosen("triton"):

@@ -77,6 +77,22 @@ def test_one_process_that_recomputes() -> None:
         check(config, [found])
 
 
+def test_fused_loss() -> None:
+    """Large vocabularies, where the loss decides the peak: in one part, and in several."""
+    fused: dict[str, Any] = {"cross_entropy_loss_fusion": True, "vocab_size": 6000, "num_layers": 2}
+    in_bf16 = {"loss_chunk_tokens": 100, "bf16": True, "kernels": "torch"}
+    settings: list[tuple[str, dict[str, Any]]] = [
+        ("llama", {}),
+        ("llama", {"loss_chunk_tokens": 32}),
+        ("gpt2", {"loss_chunk_tokens": 32}),
+        ("gpt2", in_bf16),
+    ]
+    configs = [small_run(architecture, "K1", **fused, **more) for architecture, more in settings]
+    (measured,) = run_ranks(_measure_all, 1, configs)
+    for config, found in zip(configs, measured, strict=True):
+        check(config, [found])
+
+
 def test_norms_of_heads() -> None:
     configs = [
         small_run("llama", method, **QWEN3 | SHAPES[shape])
@@ -92,22 +108,6 @@ def largest_step(config: RunConfig) -> int:
     """What one process's step is predicted to add."""
     (stage,) = stage_memory(config, largest_plan(config), 1, microbatches_per_step(config, 1))
     return stage.activations
-
-
-def test_fused_loss() -> None:
-    """Large vocabularies, where the loss decides the peak: in one part, and in several."""
-    fused: dict[str, Any] = {"cross_entropy_loss_fusion": True, "vocab_size": 6000, "num_layers": 2}
-    in_bf16 = {"loss_chunk_tokens": 100, "bf16": True, "kernels": "torch"}
-    settings: list[tuple[str, dict[str, Any]]] = [
-        ("llama", {}),
-        ("llama", {"loss_chunk_tokens": 32}),
-        ("gpt2", {"loss_chunk_tokens": 32}),
-        ("gpt2", in_bf16),
-    ]
-    configs = [small_run(architecture, "K1", **fused, **more) for architecture, more in settings]
-    (measured,) = run_ranks(_measure_all, 1, configs)
-    for config, found in zip(configs, measured, strict=True):
-        check(config, [found])
 
 
 def test_pipeline() -> None:
