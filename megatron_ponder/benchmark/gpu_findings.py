@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from megatron_ponder.benchmark.generate import as_text as generation_as_text
 from megatron_ponder.benchmark.gpu_parts import MODELS, VARIANTS
 from megatron_ponder.benchmark.gpu_report import read_results, write_json
 from megatron_ponder.benchmark.kernels import as_text as kernels_as_text
@@ -39,7 +40,9 @@ def write_findings(folder: Path) -> None:
         *(_passes(results, name) for name in MODELS),
         *(_kernels(results, name) for name in MODELS),
         _checkpoints(results),
-        _tests(results),
+        _generation(results),
+        _words(results, "tests", "Tests"),
+        _words(results, "doctor", "What a run would use here"),
         _problems(results),
         _commands(results),
     ]
@@ -207,11 +210,20 @@ def _checkpoints(results: Results) -> list[str]:
     return ["## Checkpoints", "", *header, *rows] if rows else []
 
 
-def _tests(results: Results) -> list[str]:
-    result = results.get("tests")
+def _generation(results: Results) -> list[str]:
+    found = _output(results, "generate-410m")
+    if found is None:
+        return []
+    return ["## 410m: generation", "", "```", generation_as_text(found), "```"]
+
+
+def _words(results: Results, name: str, title: str) -> list[str]:
+    """The end of what a part printed."""
+    result = results.get(name)
     if result is None:
         return []
-    return ["## Tests", "", f"{result['status']}:", "", "```", *_tail(result["output"]), "```"]
+    shown = result["output"].rstrip().splitlines()
+    return [f"## {title}", "", f"{result['status']}:", "", "```", *shown, "```"]
 
 
 def _problems(results: Results) -> list[str]:

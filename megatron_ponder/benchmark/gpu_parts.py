@@ -80,6 +80,7 @@ TINY_RUN = [
     "16",
     "--num-jacobi-iterations",
     "1",
+    "--bf16",
 ]
 
 
@@ -114,12 +115,14 @@ def build_parts(*, folder: str, is_tiny: bool, memory_gib: float | None) -> list
     important = ("te", "fp8")
     return [
         build.machine(),
+        build.doctor(),
         build.tests(),
         *base,
         *(part for part in variants if part.name.endswith(important)),
         *(build.kernels(name) for name in MODELS),
         *(part for part in variants if not part.name.endswith(important)),
         *(build.checkpoint(name) for name in MODELS),
+        build.generate("410m"),
     ]
 
 
@@ -134,6 +137,10 @@ class _Builder:
     def machine(self) -> Part:
         command = (sys.executable, "-m", "megatron_ponder.benchmark.machine")
         return Part(name="machine", commands=(command,), minutes=self._minutes(1))
+
+    def doctor(self) -> Part:
+        command = (sys.executable, "tools/doctor.py", "--bf16")
+        return Part(name="doctor", commands=(command,), minutes=self._minutes(1), prints_json=False)
 
     def tests(self) -> Part:
         command = (sys.executable, "-m", "pytest", "-q", "-rs", "tests/gpu")
@@ -162,6 +169,11 @@ class _Builder:
             commands=tuple(self._tried("checkpoint", name, ["--saves", "2"])),
             minutes=self._minutes(3),
         )
+
+    def generate(self, name: str) -> Part:
+        more = ["--prompt-tokens", "8", "--new-tokens", "4"] if self._is_tiny else []
+        command = next(iter(self._tried("generate", name, more)))
+        return Part(name=f"generate-{name}", commands=(command,), minutes=self._minutes(3))
 
     def _tried(self, command: str, name: str, more: list[str]) -> Iterator[tuple[str, ...]]:
         """A command of tools/benchmark.py with one micro-batch size after the other."""

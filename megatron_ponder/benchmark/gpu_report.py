@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 OUT_OF_MEMORY = ("out of the device's memory", "out of memory")
 TAIL_CHARACTERS = 4000
 LOOK_S = 120.0
+PATIENCE, START_MINUTES = 3, 2
+"""A part that takes so many times as long as it said, and as long to start, is ended."""
 ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """For all parts: lengths differ between passes, which fragments memory."""
 
@@ -135,7 +137,7 @@ def run_parts(options: GpuReportOptions, parts: list[Part], folder: Path) -> Non
             *(number, len(parts), part.name, part.minutes),
             *(spent, options.budget_minutes, min(open_minutes, left)),
         )
-        result = _run_part(part, folder, left)
+        result = _run_part(part, folder, min(left, PATIENCE * part.minutes + START_MINUTES))
         logger.info("    %s in %.1f min", result["status"], result["seconds"] / 60)
         write_findings(folder)
     logger.info("report: %s", folder / "report.md")

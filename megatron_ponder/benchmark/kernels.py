@@ -113,8 +113,10 @@ def _results(
     if not case.leaves:
         return list(outputs)
     generator = torch.Generator(outputs[0].device).manual_seed(2)
+    rounded = case.inputs[case.leaves[0]].dtype  # also where the chain is in fp64
     gradients = [
-        torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs
+        torch.randn(y.shape, generator=generator, device=y.device).to(rounded).to(y.dtype)
+        for y in outputs
     ]
     leaves = [inputs[name] for name in case.leaves]
     return [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]

@@ -4,11 +4,15 @@ import json
 import sys
 
 import pytest
+import tyro
 
 from megatron_ponder.benchmark import gpu_report
+from megatron_ponder.benchmark.commands import COMMANDS
 from megatron_ponder.benchmark.gpu_findings import check_targets, write_findings
 from megatron_ponder.benchmark.gpu_parts import MODELS, Part, build_parts
 from megatron_ponder.benchmark.gpu_report import GpuReportOptions, read_results, run_parts
+from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.errors import BackendError, ConfigError
 
 RUN = "import sys; print('a library says hello'); print('{\\n \"value\": 7}')"
@@ -74,7 +78,7 @@ def test_out_of_memory_tries_the_next_command(folder):
 def test_budget(folder):
     """A part that is too long is left out; one that takes longer than it said is ended."""
     parts = [
-        part("hangs", "import time; time.sleep(60)", minutes=0.01),
+        part("hangs", "import time; time.sleep(60)", minutes=0.01),  # more than the budget has
         part("long", RUN, minutes=5),
     ]
     run_parts(GpuReportOptions(budget_minutes=0.05), parts, folder)
@@ -92,13 +96,29 @@ def test_micro_batches_follow_the_memory():
     assert (first_sizes(139.0), first_sizes(79.0), first_sizes(None)) == ("8", "4", "4")
 
 
+@pytest.mark.parametrize("is_tiny", [False, True])
+def test_commands_have_flags_that_exist(is_tiny):
+    """Every command of tools/benchmark.py makes its options and a run."""
+    checked = 0
+    for one in build_parts(folder="x", is_tiny=is_tiny, memory_gib=139.0):
+        for command in one.commands:
+            if command[1] != "tools/benchmark.py":
+                continue
+            chosen, arguments = COMMANDS[command[2]], command[3:]
+            options, settings = tyro.cli(chosen.options, args=arguments, return_unknown_args=True)
+            config = resolve(parse_args(settings, prog="test"), world_size=1)
+            assert options.json and config.model.vocab_size is not None
+            checked += 1
+    assert checked > 12
+
+
 def test_no_gpu_and_bad_flags(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(BackendError, match="no CUDA device"):
         gpu_report.run_report(GpuReportOptions(folder=str(tmp_path)))
     with pytest.raises(ConfigError, match="--allow-cpu needs --tiny"):
         GpuReportOptions(allow_cpu=True)
-    with pytest.raises(ConfigError, match="parts are machine, tests, train-410m"):
+    with pytest.raises(ConfigError, match="parts are machine, doctor, tests, train-410m"):
         gpu_report.run_report(GpuReportOptions(parts=("nothing",), dry_run=True))
 
 
