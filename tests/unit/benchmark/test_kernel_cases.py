@@ -8,7 +8,7 @@ import torch
 
 import megatron_ponder.kernels
 from megatron_ponder.benchmark.kernel_cases import Sizes, build_cases
-from megatron_ponder.benchmark.kernels import _largest_error, _results
+from megatron_ponder.benchmark.kernels import _largest_error, _measure, _results
 
 SIZES = Sizes(
     tokens=5,
@@ -39,6 +39,14 @@ def test_every_file_of_kernels_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_is_its_eager_chain(name):
     assert error(CASES[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].has_triton])
+def test_triton_form_is_the_eager_chain(name):
+    """As on a GPU, timing included, in Triton's interpreter."""
+    forms = _measure(CASES[name], times_triton=True)["forms"]
+    assert set(forms) == {"eager", "torch", "triton"}
+    assert forms["triton"]["error"] < 1e-5 and forms["triton"]["forward_ms"] > 0
 
 
 @pytest.mark.parametrize("name", CASES)
