@@ -91,6 +91,7 @@ def test_kernels_and_checkpoint() -> None:
     assert result["bytes"] >= 12 * result["parameters"]
 
 
+@pytest.mark.slow
 def test_gpu_report_in_small(tmp_path: Path) -> None:
     """A part on the CPU, then the same again, and the plan."""
 
@@ -145,6 +146,7 @@ CURVES = (
 ).split()
 
 
+@pytest.mark.slow
 def test_curves(tmp_path: Path) -> None:
     record, plot = tmp_path / "f" / "curves.json", tmp_path / "f" / "curves.png"
     ended = run(
