@@ -5,6 +5,7 @@ and whether a method's name is known (data/ and ponder/ say so when they look). 
 in layout.py.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -16,11 +17,27 @@ from megatron_ponder.config.layout import (
     layout_problems,
     shard_problems,
 )
-from megatron_ponder.config.schema import ModelConfig, RunConfig
+from megatron_ponder.config.schema import (
+    BackendConfig,
+    CheckpointConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_ponder.errors import ConfigError
 
 PAUSE_TOKEN_ID = 50288
 """The authors' pause token: a row of GPT-NeoX's padded vocabulary that no text gives."""
+
+
+DERIVED_OF_RUN = (
+    "global_batch_size",
+    "min_lr",
+    "lr_decay_iters",
+    "lr_warmup_iters",
+    "lr_wsd_decay_iters",
+)
+"""Derived settings that depend on ranks and length of a run, and mean nothing without it."""
 
 
 def resolve(
@@ -55,6 +72,29 @@ def resolve(
     if problems:
         raise ConfigError("the settings do not fit together:\n  - " + "\n  - ".join(problems))
     return config
+
+
+def resolve_for_reading(config: RunConfig, *, num_ranks: int) -> RunConfig:
+    """A run's config for a model that is only read, by ranks that all share each layer.
+
+    Layout, batch, schedule and checkpoints of the run mean nothing there. Nor does by which
+    libraries it computed: the model may be read on another machine, and the cache of a generation
+    is that of torch's attention.
+
+    Args:
+        config: the run's, resolved.
+        num_ranks: tensor-parallel ranks.
+
+    Raises:
+        ConfigError: the model cannot be divided among so many ranks.
+    """
+    alone = dataclasses.replace(
+        config,
+        parallel=ParallelConfig(tensor_model_parallel_size=num_ranks),
+        backend=BackendConfig(attention_backend="sdpa"),
+        checkpoint=CheckpointConfig(),
+    ).replaced(micro_batch_size=1, recompute_granularity=None, **dict.fromkeys(DERIVED_OF_RUN))
+    return resolve(alone, world_size=num_ranks, tokenizer_vocab_size=None)
 
 
 def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None) -> RunConfig:

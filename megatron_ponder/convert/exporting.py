@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_ponder import log
 from megatron_ponder.checkpoint.reader import locate, read_config
-from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolve import resolve_for_reading
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert import exported_code, verification
 from megatron_ponder.convert.config_mapping import build_stock_config
@@ -39,14 +39,6 @@ from megatron_ponder.runtime.distributed import running
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OF_RUN = (
-    "global_batch_size",
-    "min_lr",
-    "lr_decay_iters",
-    "lr_warmup_iters",
-    "lr_wsd_decay_iters",
-)
-"""Derived settings that depend on ranks and length of a run, and mean nothing without it."""
 STORED_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -58,7 +50,7 @@ def export_checkpoint(options: ExportOptions) -> None:
             not compute what the checkpoint does.
     """
     checkpoint = locate(Path(options.load), options.ckpt_step)
-    config = for_one_process(read_config(checkpoint))
+    config = resolve_for_reading(read_config(checkpoint), num_ranks=1)
     if options.tokenizer_model is not None:
         config = config.replaced(tokenizer_model=options.tokenizer_model)
     dtype = DTYPES[options.dtype or ("bf16" if config.training.bf16 else "fp32")]
@@ -88,32 +80,6 @@ def export_checkpoint(options: ExportOptions) -> None:
         else:
             logger.warning("--no-verify: the result was not compared with the checkpoint")
     logger.info("exported %s to %s", checkpoint, target)
-
-
-def for_one_process(config: RunConfig) -> RunConfig:
-    """A run's config, resolved for one process that has the whole model."""
-    alone = config.replaced(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        num_virtual_stages_per_pipeline_rank=1,
-        decoder_first_pipeline_num_layers=None,
-        decoder_last_pipeline_num_layers=None,
-        context_parallel_size=1,
-        sequence_parallel=False,
-        use_distributed_optimizer=False,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
-        overlap_p2p_communication=False,
-        recompute_granularity=None,
-        micro_batch_size=1,
-        load=None,
-        save=None,
-        save_interval=None,
-        ckpt_step=None,
-        finetune=False,
-        **dict.fromkeys(OF_RUN),
-    )
-    return resolve(alone, world_size=1, tokenizer_vocab_size=None)
 
 
 def build_huggingface_config(config: RunConfig) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from megatron_ponder.checkpoint import layout
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.state import WEIGHTS_ONLY
 from megatron_ponder.config.parse import dump_yaml
-from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolve import DERIVED_OF_RUN, resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert import verification
 from megatron_ponder.convert.config_mapping import read_model_settings
 from megatron_ponder.convert.exported_code import auto_map
-from megatron_ponder.convert.exporting import OF_RUN, build_huggingface_config
+from megatron_ponder.convert.exporting import build_huggingface_config
 from megatron_ponder.convert.folders import check_space, new_folder
 from megatron_ponder.convert.huggingface_weights import WeightFiles
 from megatron_ponder.convert.method_mapping import MethodOfSource, read_method
@@ -256,7 +256,7 @@ def _write(
             return tensor
 
         write_parameters(unfinished, parameters, fetch, common)
-    open_settings = config.replaced(**dict.fromkeys(OF_RUN))
+    open_settings = config.replaced(**dict.fromkeys(DERIVED_OF_RUN))
     (unfinished / layout.CONFIG_FILE).write_text(dump_yaml(open_settings), encoding="utf-8")
     return layout.publish(folder, 0)
 

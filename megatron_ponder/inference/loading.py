@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.checkpoint.reader import load_weights, locate, read_config
-from megatron_ponder.config.resolve import resolve
-from megatron_ponder.config.schema import BackendConfig, RunConfig
+from megatron_ponder.config.resolve import resolve_for_reading
+from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ponder.errors import DataError
 from megatron_ponder.inference.logits import whole_logits
@@ -149,31 +149,10 @@ def loaded_model(
 def _for_this_layout(
     config: RunConfig, options: CheckpointOptions, num_jacobi_iterations: int | None
 ) -> RunConfig:
-    """The training run's config with all ranks sharing each layer, and what the options change.
-
-    By which libraries a run computed does not matter to a model that is read, maybe elsewhere; and
-    the cache of a generation is our attention's.
-    """
-    backend = BackendConfig(attention_backend="sdpa")
-    changes: dict[str, object] = dataclasses.asdict(backend)
+    """The training run's config with all ranks sharing each layer, and what the options change."""
+    changes: dict[str, object] = {}
     if num_jacobi_iterations is not None:
         changes["num_jacobi_iterations"] = num_jacobi_iterations
     if options.tokenizer_model is not None:
         changes["tokenizer_model"] = options.tokenizer_model
-    world_size = world_size_from_environment()
-    here = config.replaced(
-        tensor_model_parallel_size=world_size,
-        pipeline_model_parallel_size=1,
-        context_parallel_size=1,
-        sequence_parallel=False,
-        use_distributed_optimizer=False,
-        micro_batch_size=1,
-        global_batch_size=1,
-        load=None,
-        save=None,
-        save_interval=None,
-        ckpt_step=None,
-        finetune=False,
-        **changes,
-    )
-    return resolve(here, world_size=world_size, tokenizer_vocab_size=None)
+    return resolve_for_reading(config.replaced(**changes), num_ranks=world_size_from_environment())

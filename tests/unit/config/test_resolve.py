@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolve import resolve, resolve_for_reading
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 
@@ -41,6 +41,33 @@ def test_derived_settings() -> None:
 def test_the_tokenizer_says_the_vocabulary_and_padding_does_not_depend_on_the_layout() -> None:
     config = resolved(vocab_size=None, tokenizer=1001)
     assert config.model.vocab_size == 1001 and padded_vocab_size(config.model) == 1024
+
+
+SHARED_WEIGHTS = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (2, SHARED_WEIGHTS),
+        (2, PP2 | {"num_virtual_stages_per_pipeline_rank": 2, "overlap_p2p_communication": True}),
+        (2, PP2 | {"decoder_first_pipeline_num_layers": 7, "micro_batch_size": 1}),
+        (2, {"context_parallel_size": 2}),
+        (4, SHARED_WEIGHTS | SHARDED | {"overlap_param_gather": True, "global_batch_size": 64}),
+        (1, {"recompute_granularity": "full", "recompute_num_layers": 3, "train_iters": 3}),
+        (1, {"cross_entropy_loss_fusion": True, "loss_chunk_tokens": 64}),
+    ],
+)
+def test_a_model_of_any_run_can_be_read(
+    world_size: int, settings: dict[str, Any], num_ranks: int
+) -> None:
+    run = resolved(world_size=world_size, **settings)
+    config = resolve_for_reading(run, num_ranks=num_ranks)
+    assert (config.model, config.method, config.data) == (run.model, run.method, run.data)
+    assert config.parallel.tensor_model_parallel_size == num_ranks
+    assert config.training.global_batch_size == 1
 
 
 def test_given_values_stay() -> None:
