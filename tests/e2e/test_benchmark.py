@@ -55,6 +55,7 @@ def test_train(tmp_path: Path) -> None:
     assert result["peak_tflops"] is None and ours["mfu"] is None
 
 
+@pytest.mark.slow
 def test_train_beside_the_plain_model_with_trace_and_passes(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     ended = run(
@@ -120,6 +121,7 @@ PIPELINE = (
 ).split()
 
 
+@pytest.mark.slow
 def test_pipeline(tmp_path: Path) -> None:
     """What it prints is whole; how close the prediction is, the slow test asks."""
     plot = tmp_path / "measured.png"

@@ -98,7 +98,13 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "SentencePieceTokenizer",
+        pytest.param("HuggingFaceTokenizer", marks=pytest.mark.slow),
+    ],
+)
 def test_export_with_its_tokenizer(kind: Any, tokenizers: dict[str, str], tmp_path: Path) -> None:
     """Loads and generates elsewhere, with the run's ids; and comes back with its tokenizer."""
     config = small_config(

@@ -118,7 +118,7 @@ SHARED_SEQUENCES = {"context_parallel_size": 2, "recompute_granularity": "pass"}
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
-    [(2, TENSOR), (4, PIPELINE | SHARED_SEQUENCES)],
+    [pytest.param(2, TENSOR, marks=pytest.mark.slow), (4, PIPELINE | SHARED_SEQUENCES)],
     ids=["tensor", "pipeline and context"],
 )
 def test_a_checkpoint_of_one_process_goes_on_in_another_layout(

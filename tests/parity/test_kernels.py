@@ -27,7 +27,9 @@ def truth(checkpoints):
     "layout, models",
     [
         (Layout(1, TRITON), ["neox k1", "gpt2 k1"]),
-        (Layout(2, TP2 | SP | TRITON | FUSED_LOSS), ["llama k1"]),
+        pytest.param(
+            Layout(2, TP2 | SP | TRITON | FUSED_LOSS), ["llama k1"], marks=pytest.mark.slow
+        ),
         pytest.param(Layout(1, TRITON | FUSED_LOSS), MODELS, marks=pytest.mark.slow),
         pytest.param(Layout(2, TP2 | TRITON), MODELS, marks=pytest.mark.slow),
     ],
