@@ -22,11 +22,14 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -36,7 +39,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
     SavePlanner,
@@ -198,37 +200,16 @@ class ParameterReader:
         return described
 
 
-class _PiecesPlanner(LoadPlanner):
-    """Tells the reader where what it reads goes."""
+class _PiecesPlanner(DefaultLoadPlanner):
+    """Tells the reader where what it reads goes; the plan is made without it."""
 
     def __init__(self, targets: dict[str, Tensor]) -> None:
+        super().__init__()
         self._targets = targets
 
-    def set_up_planner(self, *arguments: Any, **more: Any) -> None:
-        pass
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._targets[read_item.dest_index.fqn]
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            target = target.narrow(dim, start, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The piece that a part read belongs to."""
+        return self._targets[index.fqn]
 
 
 def write_parameters(
@@ -269,18 +250,13 @@ def _users_error(failure: BaseException | None) -> PonderError | OSError | None:
     return failure
 
 
-class _FetchingStrategy(SaveShardedStrategy):
+class _FetchingStrategy(TorchDistSaveShardedStrategy):
     """Writes torch_dist, fetching each tensor when it is written."""
 
     def __init__(self, parameters: StoredParameters, fetch: Callable[[str], Tensor]) -> None:
         super().__init__("torch_dist", 1)
         self._parameters = parameters
         self._fetch = fetch
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """torch_dist stores megatron-core's sharded objects as bytes."""
-        return True
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
         """See the base class."""

@@ -55,7 +55,6 @@ def test_train(tmp_path: Path) -> None:
     assert result["peak_tflops"] is None and ours["mfu"] is None
 
 
-@pytest.mark.slow
 def test_train_beside_the_plain_model_with_trace_and_passes(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     ended = run(
@@ -92,7 +91,6 @@ def test_kernels_and_checkpoint() -> None:
     assert result["bytes"] >= 12 * result["parameters"]
 
 
-@pytest.mark.slow
 def test_gpu_report_in_small(tmp_path: Path) -> None:
     """A part on the CPU, then the same again, and the plan."""
 
@@ -121,7 +119,6 @@ PIPELINE = (
 ).split()
 
 
-@pytest.mark.slow
 def test_pipeline(tmp_path: Path) -> None:
     """What it prints is whole; how close the prediction is, the slow test asks."""
     plot = tmp_path / "measured.png"
@@ -148,7 +145,6 @@ CURVES = (
 ).split()
 
 
-@pytest.mark.slow
 def test_curves(tmp_path: Path) -> None:
     record, plot = tmp_path / "f" / "curves.json", tmp_path / "f" / "curves.png"
     ended = run(

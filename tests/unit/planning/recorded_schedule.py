@@ -48,6 +48,10 @@ class Communicator:
 
     def __init__(self, pipeline: Pipeline, stage: int, config: Any, log: list[Entry]) -> None:
         self.pp_group = Group(pipeline.num_stages, stage)
+        # What megatron-core 0.19 asks the communicator, and 0.16 the group.
+        self.total_stages, self.current_stage = pipeline.num_stages, stage
+        self.is_pp_first_stage = stage == 0
+        self.is_pp_last_stage = stage == pipeline.num_stages - 1
         self.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
         self.config, self.log = config, log
 
