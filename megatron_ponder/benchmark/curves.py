@@ -34,6 +34,7 @@ from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.planning.memory import stage_memory
 from megatron_ponder.planning.options import PlanOptions
+from megatron_ponder.planning.recomputation import KEEP_ALL, recomputations
 from megatron_ponder.planning.report import largest_plan, microbatches_per_step, simulate_step
 
 SMALL_BASE: dict[str, Any] = {
@@ -49,6 +50,7 @@ SMALL_BASE: dict[str, Any] = {
 """The base of a run that says nothing about its model: seconds per point on one core."""
 METHODS = (("vanilla", 0), ("ponderlm2", 1), ("ponderlm", 3), ("loop", 3), ("pause", 3))
 """With the K of the paper's table 3."""
+NUM_PASSES = "--recompute-num-passes "
 PROFILED_STEPS = 2
 """Steps' time that a step with measured memory takes, about."""
 Changes = dict[str, Any]
@@ -225,6 +227,12 @@ def _methods(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:
         yield f"{method} K={k}" if k else method, {"method": method, "num_latent_thoughts": k}
 
 
+def _recomputation(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:
+    yield "none", KEEP_ALL
+    for flags, settings in recomputations(largest_plan(config)):
+        yield flags.removeprefix("--recompute-granularity ").replace(NUM_PASSES, ""), settings
+
+
 def _replicas(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:
     for number in options.ranks:
         yield number, {}
@@ -245,6 +253,7 @@ _VALUES: dict[Variable, Callable[[CurvesBenchmarkOptions, RunConfig], Values]] =
     "depth": _multiples("num_layers"),
     "micro-batch": _multiples("micro_batch_size", "global_batch_size"),
     "method": _methods,
+    "recomputation": _recomputation,
     "data-parallel": _replicas,
     "pipeline": _stages,
 }

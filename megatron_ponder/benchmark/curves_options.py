@@ -13,6 +13,7 @@ Variable = Literal[
     "depth",
     "micro-batch",
     "method",
+    "recomputation",
     "data-parallel",
     "pipeline",
 ]

@@ -18,6 +18,7 @@ TITLES = {
     "depth": "layers",
     "micro-batch": "sequences in a micro-batch (batch with it)",
     "method": "method",
+    "recomputation": "recomputation",
     "data-parallel": "data-parallel ranks, same batch",
     "pipeline": "pipeline ranks, same batch",
 }

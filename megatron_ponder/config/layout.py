@@ -84,12 +84,21 @@ def shard_problems(config: RunConfig) -> Iterator[str]:
             yield f"{name} {value}: not a multiple of --tensor-model-parallel-size {size}."
     yield from _sequence_shards(config)
     yield from _layer_split(config)
-    yield from _recomputed_layers(config)
+    yield from _recomputation(config)
 
 
 def backend_problems(config: RunConfig) -> Iterator[str]:
     """Backends that do not go with each other or with the rest of the run."""
     backend, parallel = config.backend, config.parallel
+    has_fp8 = backend.fp8_format is not None
+    if config.training.recompute_granularity == "selective" and (
+        has_fp8 or backend.transformer_impl == "transformer_engine"
+    ):
+        yield (
+            "--recompute-granularity selective: TransformerEngine's layers "
+            f"({'--fp8-format' if has_fp8 else '--transformer-impl'}) keep their inputs by "
+            "themselves. Use full, pass, or --transformer-impl local."
+        )
     if backend.loss_chunk_tokens is not None and not backend.cross_entropy_loss_fusion:
         yield "--loss-chunk-tokens needs --cross-entropy-loss-fusion."
     if parallel.context_parallel_size > 1:
@@ -197,9 +206,11 @@ def _layer_split(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _recomputed_layers(config: RunConfig) -> Iterator[str]:
-    """Units of layers that are recomputed together."""
+def _recomputation(config: RunConfig) -> Iterator[str]:
+    """Settings of one granularity, and units of layers that are recomputed together."""
     training, parallel = config.training, config.parallel
+    if training.recompute_num_passes is not None and training.recompute_granularity != "pass":
+        yield "--recompute-num-passes needs --recompute-granularity pass."
     if training.recompute_granularity != "full" or training.recompute_method != "uniform":
         return
     num_chunks = parallel.num_virtual_stages_per_pipeline_rank

@@ -155,6 +155,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "jacobi_grad_passes",
         "interpolation_topk",
         "recompute_num_layers",
+        "recompute_num_passes",
         "loss_chunk_tokens",
         "distributed_timeout_minutes",
         "seq_length",

@@ -235,14 +235,18 @@ class TrainingConfig:
     """Sequences per iteration over all ranks. None: micro_batch_size x data-parallel size."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights and gradients. Default: fp32."""
-    recompute_granularity: Literal["full", "pass"] | None = None
-    """Activations to drop and compute again in the backward. full: of each layer, keeping its
-    input. pass: of each pass but the last, keeping the input of the pass. None: keep all."""
+    recompute_granularity: Literal["selective", "full", "pass"] | None = None
+    """Activations to drop and compute again in the backward. selective: those that cost no product
+    (norms, the MLP's activation, attention's output as the projection reads it). full: of each
+    layer, keeping its input. pass: of each pass but the last, keeping the input of the pass. None:
+    keep all."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """full: in units of recompute_num_layers layers (uniform), or of the first recompute_num_layers
     layers of each rank only (block)."""
     recompute_num_layers: int = 1
     """full: layers in a unit (uniform), or layers to recompute (block)."""
+    recompute_num_passes: int | None = None
+    """pass: recompute so many passes, the first ones with a gradient. None: all but the last."""
     seed: int = 1234
     """Seed of the weights, the data order, dropout and the random R."""
     eval_interval: int = 1000

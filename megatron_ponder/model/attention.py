@@ -27,6 +27,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from megatron_ponder.kernels.rotary import split_and_rotate
 from megatron_ponder.model.cache import KeyValueCache
 from megatron_ponder.model.context_parallel import chunks_of, gather_sequence
+from megatron_ponder.model.recomputation import made_again
 from megatron_ponder.model.stages import keep_stages
 
 
@@ -126,8 +127,12 @@ class SdpaCoreAttention(torch.nn.Module):
                 scale=self.softmax_scale,
                 enable_gqa=key.size(1) < heads,
             )
-        # [b, heads, s, d] -> [s, b, heads * d]
-        return context.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+        return made_again(_slots_first, context)
+
+
+def _slots_first(context: Tensor) -> Tensor:
+    """[b, heads, s, d] -> [s, b, heads * d]."""
+    return context.permute(2, 0, 1, 3).flatten(2)
 
 
 class RotarySelfAttention(SelfAttention):

@@ -5,6 +5,7 @@ recomputation if they are tensors. So which stages are read travels as a tensor 
 the place of the attention mask, which causal attention does not need.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ponder.model.norm import norm_kept
+from megatron_ponder.model.recomputation import made_again, remembering_how
 from megatron_ponder.model.stages import keep_stages
 
 OutputAndBias = tuple[Tensor, Tensor | None]
@@ -69,14 +71,24 @@ class SequentialResidualLayer(TransformerLayer):
             [slots, b, h], or in the last layer [slots that are read, b, h]; and None, as
             megatron-core expects.
         """
-        kept = self._kept(attention_mask)
+        with remembering_how(is_on=self._is_selective):
+            return self._run(hidden_states, self._kept(attention_mask), rotary_pos_emb), None
+
+    def _run(
+        self, hidden_states: Tensor, kept: Tensor | None, rotary_pos_emb: Tensor | None
+    ) -> Tensor:
+        """The layer's output."""
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        attention = self.self_attention(
-            self.input_layernorm(hidden_states), kept, rotary_pos_emb=rotary_pos_emb
-        )
+        normed = made_again(self.input_layernorm, hidden_states)
+        attention = self.self_attention(normed, kept, rotary_pos_emb=rotary_pos_emb)
         hidden_states = add(attention, keep_stages(hidden_states, kept), self.hidden_dropout)
-        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return add(mlp, hidden_states, self.hidden_dropout), None
+        mlp = self.mlp(made_again(self.pre_mlp_layernorm, hidden_states))
+        return add(mlp, hidden_states, self.hidden_dropout)
+
+    @property
+    def _is_selective(self) -> bool:
+        """Whether activations that are cheap to make again are not kept."""
+        return self.training and self.config.recompute_granularity == "selective"
 
     def _kept(self, stages: Tensor | None) -> Tensor | None:
         """The stages to keep in this layer: all but in the model's last."""
@@ -90,20 +102,14 @@ class ParallelResidualLayer(SequentialResidualLayer):
     are inside the branches' first linear layer and the norm modules here are the identity.
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
-        **unused: Any,
-    ) -> tuple[Tensor, None]:
-        """As the base class."""
-        kept = self._kept(attention_mask)
+    def _run(
+        self, hidden_states: Tensor, kept: Tensor | None, rotary_pos_emb: Tensor | None
+    ) -> Tensor:
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        attention = self.self_attention(
-            self.input_layernorm(hidden_states), kept, rotary_pos_emb=rotary_pos_emb
-        )
-        mlp = self.mlp(norm_kept(self.pre_mlp_layernorm, hidden_states, kept))
+        normed = made_again(self.input_layernorm, hidden_states)
+        attention = self.self_attention(normed, kept, rotary_pos_emb=rotary_pos_emb)
+        norm = functools.partial(norm_kept, self.pre_mlp_layernorm, kept=kept)
+        mlp = self.mlp(made_again(norm, hidden_states))
         residual = keep_stages(hidden_states, kept)
         with_attention = add(attention, residual, self.hidden_dropout)
-        return add(mlp, with_attention, self.hidden_dropout), None
+        return add(mlp, with_attention, self.hidden_dropout)

@@ -6,6 +6,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_ponder.kernels.swiglu import swiglu
+from megatron_ponder.model.recomputation import made_again
 
 
 class SwigluMLP(MLP):
@@ -21,4 +22,5 @@ class SwigluMLP(MLP):
         """[slots, b, h] -> [slots, b, h], and the bias that the caller adds (None without)."""
         assert not any(unused) and not any(more.values()), (unused, more)
         gate_and_up, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_and_up if bias is None else gate_and_up + bias))
+        gate_and_up = gate_and_up if bias is None else gate_and_up + bias
+        return self.linear_fc2(made_again(swiglu, gate_and_up))

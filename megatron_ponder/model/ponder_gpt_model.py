@@ -59,7 +59,8 @@ class PonderGPTModel(LanguageModule):
         pre_process: whether this stage holds the embedding.
         post_process: whether this stage holds the final norm and the output layer.
         vp_stage: which of the rank's layer chunks this is; None where a rank has one.
-        recompute_passes: whether each pass but the last is computed again in the backward.
+        recomputes_passes: whether passes are computed again in the backward.
+        recompute_num_passes: how many of them; see `PassPlan.is_recomputed`.
         loss_chunk_tokens: see `linear_cross_entropy`.
     """
 
@@ -74,12 +75,14 @@ class PonderGPTModel(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        recompute_passes: bool = False,
+        recomputes_passes: bool = False,
+        recompute_num_passes: int | None = None,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.vp_stage = vp_stage
-        self.recompute_passes = recompute_passes
+        self.recomputes_passes = recomputes_passes
+        self.recompute_num_passes = recompute_num_passes
         self.model_type = ModelType.encoder_or_decoder
         self.shape = shape
         self.method = method
@@ -224,8 +227,8 @@ class PonderGPTModel(LanguageModule):
             return self._compute_pass(pass_, plan, token_embeddings, received)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
-            # The backward begins with the last pass: dropping its activations would save nothing.
-            if self.recompute_passes and self.training and not plan.is_last(pass_):
+            recomputes = self.recomputes_passes and self.training
+            if recomputes and plan.is_recomputed(pass_, self.recompute_num_passes):
                 return tensor_parallel.checkpoint(run, False, token_embeddings, received)
             return run(token_embeddings, received)
 

@@ -26,7 +26,8 @@ def build_transformer_config(config: RunConfig, backends: Backends) -> Transform
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     num_layer_chunks = parallel.num_virtual_stages_per_pipeline_rank
     has_fp8 = backends.transformer_impl == "transformer_engine"
-    recomputes_layers = config.training.recompute_granularity == "full"
+    granularity = config.training.recompute_granularity
+    recomputes_layers = granularity == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -55,8 +56,10 @@ def build_transformer_config(config: RunConfig, backends: Backends) -> Transform
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # Of a pass ("pass") the model itself recomputes.
-        recompute_granularity="full" if recomputes_layers else None,
+        # A whole pass ("pass") is the model's to recompute, and what is cheap ("selective") our
+        # layers': none of megatron-core's modules.
+        recompute_granularity=None if granularity == "pass" else granularity,
+        recompute_modules=[],
         recompute_method=config.training.recompute_method if recomputes_layers else None,
         recompute_num_layers=config.training.recompute_num_layers if recomputes_layers else None,
         fp8=config.backend.fp8_format if has_fp8 else None,

@@ -122,7 +122,7 @@ def check_hook_counts(config: RunConfig, method: Method) -> None:
             "--overlap-grad-reduce out, or --jacobi-grad-passes."
         )
     pipelined = config.parallel.pipeline_model_parallel_size > 1
-    recomputed = config.training.recompute_granularity is not None
+    recomputed = config.training.recompute_granularity in ("full", "pass")
     if not pipelined and not recomputed:
         return
     counts = {len(p.passes) - p.first_grad_pass for p in possible_plans(method)}

@@ -13,8 +13,10 @@ width, f MLP width, f' width before the activation; all local to the rank):
     residual, norm 2, MLP's input    R h (none with a parallel residual), R rows, R h
     activation's input and output    R f', R f
 
-R = S in all layers but the model's last. Sequence parallelism divides the tensors of width h over
-the tensor-parallel ranks; the other widths are local already. Behind the last layer: the final
+R = S in all layers but the model's last. Selective recomputation keeps no input of QKV or MLP, no
+output of the activation, and of the attention's output no copy but one of the slots that are read
+or of joined halves. Sequence parallelism divides the tensors of width h over the tensor-parallel
+ranks; the other widths are local already. Behind the last layer: the final
 norm's input and, in the last pass, the head's input and the softmax in fp32 (none with the fused
 loss).
 
@@ -67,7 +69,7 @@ class ActivationCounter:
         """Norm 1 to the input of the output projection."""
         size = self.shards
         rows = self.rows(pass_.num_stages)
-        kept = 2 * self.hidden_bytes(pass_.num_stages) + self._statistics_bytes(pass_.num_stages)
+        kept = self._norm_bytes(pass_.num_stages)
         kept += rows * (2 * size.attention_width + 2 * size.key_value_width) * size.element_bytes
         kept += rows * size.num_heads * FP32_BYTES
         if self.config.model.qk_layernorm:
@@ -76,11 +78,22 @@ class ActivationCounter:
             kept += self._gathered_bytes(rows)
         # One stage of several is a view of the whole; more than one are copied.
         is_copied = size.rotated_channels > 0 or size.context_parallel_size > 1
+        if self._is_selective and num_read == pass_.num_stages:
+            is_copied = size.context_parallel_size > 1
         if 1 < num_read < pass_.num_stages:
             rows, is_copied = self.rows(num_read), True
         if is_copied:
             kept += rows * size.attention_width * size.element_bytes
         return kept
+
+    @property
+    def _is_selective(self) -> bool:
+        return self.config.training.recompute_granularity == "selective"
+
+    def _norm_bytes(self, num_stages: int, *, is_input_kept: bool = True) -> int:
+        """A norm's input and statistics, and its output unless that is made again."""
+        num_kept = is_input_kept + (not self._is_selective)
+        return num_kept * self.hidden_bytes(num_stages) + self._statistics_bytes(num_stages)
 
     def _head_norm_bytes(self, rows: int) -> int:
         """The joint projection before the norms of queries and keys, and a number or two a head."""
@@ -103,9 +116,8 @@ class ActivationCounter:
         """Norm 2 to the input of the second projection."""
         size = self.shards
         is_kept_apart = not self.config.model.parallel_residual or 1 < num_read < pass_.num_stages
-        kept = self.hidden_bytes(num_read) * (2 if is_kept_apart else 1)
-        kept += self._statistics_bytes(num_read)
-        width = size.ffn_input_width + size.ffn_width
+        kept = self._norm_bytes(num_read, is_input_kept=is_kept_apart)
+        width = size.ffn_input_width + (0 if self._is_selective else size.ffn_width)
         kept += self.rows(num_read) * width * size.element_bytes
         if self.config.model.hidden_dropout > 0:
             masks = self.hidden_bytes(num_read) + self.hidden_bytes(num_read)

@@ -85,10 +85,10 @@ class StageTraffic:
     def _num_forwards(self, chunk: Chunk) -> float:
         """Forwards of the chunk's layers, recomputed ones included."""
         training, num_layers = self.config.training, self.layers[chunk.layer_chunk]
-        if not chunk.has_grad or training.recompute_granularity is None:
-            return 1.0
         if training.recompute_granularity == "pass":
-            return 1.0 if self.plan.is_last(chunk.pass_) else 2.0
+            return 2.0 if self._is_recomputed_whole(chunk) else 1.0
+        if not chunk.has_grad or training.recompute_granularity != "full":
+            return 1.0
         if training.recompute_method == "block":
             return 1.0 + min(training.recompute_num_layers, num_layers) / num_layers
         return 2.0
@@ -133,8 +133,12 @@ class StageTraffic:
 
     def _num_mixtures(self, chunk: Chunk) -> int:
         """How often the forward's end is computed."""
-        is_recomputed = self.config.training.recompute_granularity == "pass" and chunk.has_grad
-        return 2 if is_recomputed else 1
+        return 2 if self._is_recomputed_whole(chunk) else 1
+
+    def _is_recomputed_whole(self, chunk: Chunk) -> bool:
+        training = self.config.training
+        is_by_pass = training.recompute_granularity == "pass"
+        return is_by_pass and self.plan.is_recomputed(chunk.pass_, training.recompute_num_passes)
 
     def replicated_gradient_bytes(self) -> int:
         """Gradients that tensor-parallel ranks add up.

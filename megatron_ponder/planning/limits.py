@@ -10,6 +10,8 @@ from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.planning.memory import stage_memory
+from megatron_ponder.planning.recomputation import recomputations
+from megatron_ponder.planning.work import chunk_flops
 from megatron_ponder.ponder.plan import PassPlan
 
 BYTES_PER_GIB = 1 << 30
@@ -136,7 +138,10 @@ def find_remedies(
         available_bytes: of a device.
     """
     found = []
-    for flags, changes in _changes(config):
+    now = config.to_flat_dict()
+    for flags, changes in _changes(config, plan):
+        if all(now[name] == value for name, value in changes.items()):
+            continue
         try:
             changed = resolve(config.replaced(**changes), world_size=world_size)
             replicas = data_parallel_size(changed, world_size) * changed.training.micro_batch_size
@@ -152,25 +157,16 @@ def find_remedies(
                 "change": flags,
                 "total_gib": total / BYTES_PER_GIB,
                 "fits": total <= available_bytes,
+                "recomputed_flops_share": chunk_flops(changed, grad_plan).recomputed_share,
             }
         )
     return sorted(found, key=lambda remedy: remedy["total_gib"])
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(config: RunConfig, plan: PassPlan) -> Iterator[tuple[str, dict[str, Any]]]:
     """What could be changed, as flags and as settings."""
+    yield from recomputations(plan)
     parallel, training = config.parallel, config.training
-    if training.recompute_granularity != "pass":
-        yield "--recompute-granularity pass", {"recompute_granularity": "pass"}
-    if training.recompute_granularity != "full":
-        yield (
-            "--recompute-granularity full",
-            {
-                "recompute_granularity": "full",
-                "recompute_method": "uniform",
-                "recompute_num_layers": 1,
-            },
-        )
     if not parallel.use_distributed_optimizer:
         yield "--use-distributed-optimizer", {"use_distributed_optimizer": True}
     if not training.bf16:

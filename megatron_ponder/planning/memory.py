@@ -238,8 +238,9 @@ class _StagePeak:
 
     def _is_recomputed_whole(self, chunk: Chunk) -> bool:
         """Whether the pass is recomputed from its input."""
-        is_by_pass = self.config.training.recompute_granularity == "pass"
-        return is_by_pass and not self.plan.is_last(chunk.pass_)
+        training = self.config.training
+        is_by_pass = training.recompute_granularity == "pass"
+        return is_by_pass and self.plan.is_recomputed(chunk.pass_, training.recompute_num_passes)
 
     def _pass_input_bytes(self, chunk: Chunk) -> int:
         """What a pass is recomputed from."""
@@ -298,25 +299,23 @@ class _StagePeak:
         at_layers += self._in_flight_bytes(chunk)
         is_loss = self._has_end(chunk) and self.plan.is_last(chunk.pass_)
         if self.num_stages == 1:
-            at_layers += self._waiting_gradient_bytes(is_loss)
+            at_layers += self._waiting_gradient_bytes(chunk)
         if self._has_end(chunk) and chunk.pass_.mixes_embeddings:
             return max(self._mixture_backward_bytes(chunk), at_layers)
         if not is_loss:
             return at_layers
         return max(self._head_backward_bytes(), at_layers - self.counter.head_bytes())
 
-    def _waiting_gradient_bytes(self, is_last_pass: bool) -> int:
+    def _waiting_gradient_bytes(self, chunk: Chunk) -> int:
         """Weight gradients that wait for those of other passes, before they join the fp32 ones.
 
         What is recomputed has a backward of its own, and its gradients do not wait.
         """
         size, training = self.counter.shards, self.config.training
-        num_waiting = 0 if is_last_pass else sum(self.layers)
-        if training.recompute_granularity is not None:
-            recomputes_some = (training.recompute_granularity, training.recompute_method) == (
-                "full",
-                "block",
-            )
+        is_waiting = not self.plan.is_last(chunk.pass_) and not self._is_recomputed_whole(chunk)
+        num_waiting = sum(self.layers) if is_waiting else 0
+        if training.recompute_granularity == "full":
+            recomputes_some = training.recompute_method == "block"
             left = max(num_waiting - training.recompute_num_layers, 0)
             num_waiting = left if recomputes_some else 0
         waiting = num_waiting * _layer_weights(self.config)
@@ -355,10 +354,16 @@ class _StagePeak:
         size = self.counter.shards
         rows = self.counter.rows(num_stages)
         ffn, ffn_input = size.ffn_width, size.ffn_input_width
+        is_selective = self.config.training.recompute_granularity == "selective"
+        # An activation's output that is made again was not counted as kept.
+        kept_ffn, again_ffn, again = (0, ffn, size.hidden_size) if is_selective else (ffn, 0, 0)
         moments = (
-            ffn * (rows + size.hidden_size),  # second projection: input's and weight's gradient
-            rows * (2 * ffn_input - ffn),  # activation: both gradients, silu again, input freed
-            ffn_input * size.hidden_size - rows * ffn + rows * size.hidden_size,  # first projection
+            # second projection: input's and weight's gradient
+            ffn * (rows + size.hidden_size) + rows * again_ffn,
+            # activation: both gradients, silu again, input freed
+            rows * (2 * ffn_input - kept_ffn),
+            # first projection
+            ffn_input * size.hidden_size + rows * (size.hidden_size - kept_ffn + again),
         )
         hidden = self.counter.hidden_bytes(num_stages)
         gathered = hidden * size.sequence_shards if size.sequence_shards > 1 else 0

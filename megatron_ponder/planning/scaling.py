@@ -33,6 +33,7 @@ from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.planning.communication import stage_traffic
 from megatron_ponder.planning.memory import StageMemory, stage_memory
+from megatron_ponder.planning.recomputation import KEEP_ALL
 from megatron_ponder.planning.report import (
     largest_plan,
     microbatches_per_step,
@@ -52,7 +53,7 @@ SAME_TIME = 1.01
 FEWEST_TOKENS = 512
 """Of a sequence on a context-parallel rank."""
 LAYER_CHUNKS = (1, 2, 3)
-RECOMPUTED = (None, "pass", "full")
+RECOMPUTED = (None, "selective", "pass", "full")
 SENT_KINDS = ("tensor", "context", "pipeline", "data")
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations")
 ALIVE_GROUPS = 3
@@ -261,9 +262,8 @@ def _layout(
         "overlap_p2p_communication": pipeline > 1,
         "context_parallel_size": context,
         "micro_batch_size": micro_batch,
+        **KEEP_ALL,
         "recompute_granularity": recomputed,
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
         "use_distributed_optimizer": False,
         "overlap_grad_reduce": False,
         "overlap_param_gather": False,
@@ -275,7 +275,7 @@ def _can_overlap(base: RunConfig, pipeline: int, recomputed: str | None) -> bool
     if base.method.jacobi_grad_passes is not None:
         return False
     counts = {len(plan.passes) for plan in possible_plans(load_method(base.method))}
-    return len(counts) == 1 or (pipeline == 1 and recomputed is None)
+    return len(counts) == 1 or (pipeline == 1 and recomputed in (None, "selective"))
 
 
 def _powers_of_two(most: int) -> list[int]:

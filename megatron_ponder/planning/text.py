@@ -138,9 +138,14 @@ def _fit(result: dict[str, Any]) -> list[str]:
     lines = [f"DOES NOT FIT: {fullest:.2f} GiB on devices of {available:g} GiB. One change each:"]
     lines += [
         f"  {'fits' if remedy['fits'] else '    '} {remedy['total_gib']:9.2f} GiB  "
-        f"{remedy['change']}"
+        f"{remedy['change']}{_recomputed(remedy['recomputed_flops_share'])}"
         for remedy in result["remedies"]
     ]
     if not any(remedy["fits"] for remedy in result["remedies"]):
         lines.append("no single change is enough: combine the first ones")
     return lines
+
+
+def _recomputed(share: float) -> str:
+    """What a change costs in products computed again."""
+    return f"  (+{share:.0%} FLOPs)" if share else ""

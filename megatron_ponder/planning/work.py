@@ -26,6 +26,14 @@ class ChunkFlops:
     recomputed: list[list[float]]
     """What the backward computes again."""
 
+    @property
+    def recomputed_share(self) -> float:
+        """FLOPs computed again, of all others."""
+        again, once = (
+            sum(map(sum, flops)) for flops in (self.recomputed, self.forward + self.backward)
+        )
+        return again / once
+
     def seconds(self, tflops: float) -> tuple[Table, Table]:
         """Seconds of forwards and of backwards at a rate of `tflops` TFLOP/s."""
         rate = tflops * 1e12
@@ -89,8 +97,9 @@ def _recomputed(
     """What a chunk's backward computes again."""
     training = config.training
     if training.recompute_granularity == "pass":
-        return 0.0 if plan.is_last(chunk.pass_) else whole
-    if training.recompute_granularity is None:
-        return 0.0
+        is_recomputed = plan.is_recomputed(chunk.pass_, training.recompute_num_passes)
+        return whole if is_recomputed else 0.0
+    if training.recompute_granularity != "full":
+        return 0.0  # what selective recomputation makes again takes no products
     num = training.recompute_num_layers if training.recompute_method == "block" else None
     return sum(by_layer[:num])

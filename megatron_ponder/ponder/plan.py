@@ -91,6 +91,16 @@ class PassPlan:
         """Whether the backward goes through this pass."""
         return pass_.index >= self.first_grad_pass
 
+    def is_recomputed(self, pass_: Pass, num_passes: int | None) -> bool:
+        """Whether a pass is computed again in the backward, if `num_passes` passes are.
+
+        These are the first ones with a gradient; None: all but the last. The backward begins with
+        the last pass: dropping its activations would save nothing.
+        """
+        if self.is_last(pass_) or not self.has_grad(pass_):
+            return False
+        return num_passes is None or pass_.index - self.first_grad_pass < num_passes
+
     def with_grad_passes(self, num_passes: int | None) -> "PassPlan":
         """The same passes, of which the last `num_passes` have a gradient; None: all."""
         first = 0 if num_passes is None else max(0, len(self.passes) - num_passes)

@@ -62,12 +62,29 @@ def test_layout_equals_single_process(name, checkpoints, single_process):
     assert_equal(measure_layout(LAYOUTS[name], models, checkpoints), single_process, name)
 
 
-@pytest.mark.parametrize("recompute", ["full", "pass"])
+CHEAPLY = {
+    "selective": {"recompute_granularity": "selective"},
+    "1 pass": {"recompute_granularity": "pass", "recompute_num_passes": 1},
+}
+"""Recomputation that the matrix leaves out."""
+
+
+@pytest.mark.parametrize("recompute", ["full", "pass", *CHEAPLY])
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, PP2 | VP2)], ids=["alone", "PP2 VP2"])
 def test_recomputation_equals_keeping(layout, recompute, checkpoints, single_process):
-    settings = layout.settings | RECOMPUTE[recompute]
+    settings = layout.settings | (RECOMPUTE | CHEAPLY)[recompute]
     measured = measure_layout(Layout(layout.world_size, settings), RECOMPUTED, checkpoints)
     assert_equal(measured, single_process, f"recompute {recompute}")
+
+
+@pytest.mark.parametrize("name", ["TP2 + SP", "CP2", "DP2 + dist-opt"])
+def test_selective_recomputation_on_layouts(name, checkpoints, single_process):
+    """With everything overlapped where there are replicas: a random R is no obstacle here."""
+    layout = LAYOUTS[name]
+    overlaps = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    settings = layout.settings | CHEAPLY["selective"] | (overlaps if "DP2" in name else {})
+    measured = measure_layout(Layout(2, settings), OF_EACH_KIND, checkpoints)
+    assert_equal(measured, single_process, name)
 
 
 @SLOW

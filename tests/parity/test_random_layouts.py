@@ -52,7 +52,16 @@ ONE_RANK = {
     "overlap_param_gather": False,
     "overlap_p2p_communication": False,
     "recompute_granularity": None,
+    "recompute_num_passes": None,
 }
+RECOMPUTATIONS = (
+    {},
+    {"recompute_granularity": "selective"},
+    {"recompute_granularity": "full"},
+    {"recompute_granularity": "full", "recompute_method": "block"},
+    {"recompute_granularity": "pass"},
+    {"recompute_granularity": "pass", "recompute_num_passes": 1},
+)
 
 
 @st.composite
@@ -98,8 +107,7 @@ def runs(draw) -> tuple[int, RunConfig]:
         overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=distributed_optimizer and overlap_grad_reduce and draw(st.booleans()),
         overlap_p2p_communication=pp > 1 and draw(st.booleans()),
-        recompute_granularity=draw(st.sampled_from((None, "full", "pass"))),
-        recompute_method=draw(st.sampled_from(("uniform", "block"))),
+        **draw(st.sampled_from(RECOMPUTATIONS)),
         seq_length=2 * cp * tp * draw(st.integers(1, 3)),
         max_position_embeddings=24,
         micro_batch_size=micro,

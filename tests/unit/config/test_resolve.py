@@ -119,6 +119,15 @@ def test_given_values_stay() -> None:
             "--recompute-num-layers 5: does not divide the layers that a rank computes in a row "
             "(12). The nearest that works is 4.",
         ),
+        ({"recompute_num_passes": 1}, "--recompute-num-passes needs --recompute-granularity pass"),
+        (
+            {"recompute_granularity": "pass", "recompute_num_passes": 0},
+            "--recompute-num-passes 0: must be at least 1",
+        ),
+        (
+            {"recompute_granularity": "selective", "transformer_impl": "transformer_engine"},
+            "--recompute-granularity selective: TransformerEngine's layers",
+        ),
         ({"jacobi_grad_passes": 0}, "--jacobi-grad-passes 0: must be at least 1"),
         ({"world_size": 2, "sequence_parallel": True}, "--sequence-parallel needs"),
         ({"hidden_size": 770}, "--hidden-size 770: not a multiple of --num-attention-heads 12"),

@@ -61,16 +61,21 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
         "recompute_method": "block",
         "recompute_num_layers": 2,
     },
+    "selective": {"recompute_granularity": "selective"},
     "pass": {"recompute_granularity": "pass"},
+    "1 pass": {"recompute_granularity": "pass", "recompute_num_passes": 1},
     "2 passes with gradient": {"jacobi_grad_passes": 2},
     "both": {"recompute_granularity": "pass", "jacobi_grad_passes": 2},
 }
 
 
+RECOMPUTED_ON_STAGES = ("full", "selective", "pass", "1 pass", "both")
+
+
 def test_one_process_that_recomputes() -> None:
     configs = [
         small_run(architecture, "K1", **settings)
-        for architecture, settings in itertools.product(("llama", "gpt2"), RECOMPUTATION.values())
+        for architecture, settings in itertools.product(ARCHITECTURES, RECOMPUTATION.values())
     ]
     (measured,) = run_ranks(_measure_all, 1, configs)
     for config, found in zip(configs, measured, strict=True):
@@ -119,7 +124,7 @@ def test_pipeline() -> None:
         ("gpt2", "K1", {}),
         ("gpt_neox", "K1", {"num_virtual_stages_per_pipeline_rank": 2}),
         ("gpt_neox", "K1", {"decoder_first_pipeline_num_layers": 3}),
-        *(("llama", "K1", RECOMPUTATION[name]) for name in ("full", "pass", "both")),
+        *(("llama", "K1", RECOMPUTATION[name]) for name in RECOMPUTED_ON_STAGES),
     ]
     configs = [small_run(a, m, world_size=2, **pipeline, **more) for a, m, more in settings]
     measured = run_ranks(_measure_all, 2, configs)

@@ -45,12 +45,21 @@ def test_recomputation_is_one_more_forward() -> None:
     layers = [config.training.micro_batch_size * (p.linear + p.attention) for p in passes]
     assert recomputed(recompute_granularity="full") == pytest.approx(sum(layers))
     assert recomputed(recompute_granularity="pass") == pytest.approx(sum(layers[:-1]))
+    assert recomputed(recompute_granularity="selective") == 0
+    for n in range(1, len(layers) + 1):
+        first = sum(layers[:-1][:n])
+        found = recomputed(recompute_granularity="pass", recompute_num_passes=n)
+        assert found == pytest.approx(first)
     half = recomputed(
         recompute_granularity="full", recompute_method="block", recompute_num_layers=2
     )
     assert 0.4 * sum(layers) < half < 0.6 * sum(layers)
     last_two = recomputed(recompute_granularity="pass", jacobi_grad_passes=2)
     assert last_two == pytest.approx(layers[-2])
+    one_of_three = recomputed(
+        recompute_granularity="pass", recompute_num_passes=1, jacobi_grad_passes=3
+    )
+    assert one_of_three == pytest.approx(layers[-3])
 
 
 def test_report_of_a_pipeline() -> None:
