@@ -1,10 +1,15 @@
-"""The gated MLP of Llama on this package's activation kernel."""
+"""The MLPs of Llama, GPT-NeoX and GPT-2 on this package's activation kernels.
+
+megatron-core's fused GELU is the tanh form only, and composed activations, its default, move and
+keep more than ours.
+"""
 
 from typing import Any
 
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.swiglu import swiglu
 
 
@@ -22,3 +27,22 @@ class SwigluMLP(MLP):
         assert not any(unused) and not any(more.values()), (unused, more)
         gate_and_up, bias = self.linear_fc1(hidden_states)
         return self.linear_fc2(swiglu(gate_and_up if bias is None else gate_and_up + bias))
+
+
+class GeluMLP(MLP):
+    """megatron-core's MLP, down(gelu(up(x) + bias)), exact."""
+
+    is_tanh = False
+
+    def forward(
+        self, hidden_states: Tensor, *unused: Any, **more: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As SwigluMLP's."""
+        assert not any(unused) and not any(more.values()), (unused, more)
+        return self.linear_fc2(gelu(*self.linear_fc1(hidden_states), is_tanh=self.is_tanh))
+
+
+class TanhGeluMLP(GeluMLP):
+    """The same by the tanh approximation."""
+
+    is_tanh = True
