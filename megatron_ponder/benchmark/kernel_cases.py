@@ -6,6 +6,7 @@ A new kernel is one more case here; whether it has a Triton form is seen from it
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.kernels.cross_entropy import logits_gradient_, row_statistics_
+from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_stages
 from megatron_ponder.kernels.rms_norm import rms_norm
 from megatron_ponder.kernels.rotary import rotary_table, split_and_rotate
@@ -254,8 +256,9 @@ def _rotary(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
 
 
 def _activation(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
-    """The gate of the MLP."""
+    """The gate of a gated MLP, and the activation of one without."""
     x = make.floats(sizes.slots, sizes.batch, 2 * sizes.ffn)
+    ungated, bias = make.floats(sizes.slots, sizes.batch, sizes.ffn), make.floats(sizes.ffn)
 
     def eager(x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=-1)
@@ -271,7 +274,22 @@ def _activation(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
             forward_values=3 * x.numel() // 2,
             backward_values=5 * x.numel() // 2,
             defined_in=swiglu,
-        )
+        ),
+        *(
+            KernelCase(
+                name=f"bias and GELU, {form}",
+                kernel=functools.partial(gelu, is_tanh=form == "tanh"),
+                eager=lambda x, bias, form=form: F.gelu(
+                    x + bias, approximate="tanh" if form == "tanh" else "none"
+                ),
+                inputs={"x": ungated, "bias": bias},
+                leaves=("x", "bias"),
+                forward_values=2 * ungated.numel(),
+                backward_values=3 * ungated.numel(),
+                defined_in=gelu,
+            )
+            for form in ("exact", "tanh")
+        ),
     ]
 
 

@@ -1,10 +1,17 @@
-"""The gated MLP of Llama on this package's activation kernel."""
+"""The MLPs of Llama, GPT-NeoX and GPT-2 on this package's activation kernels.
 
+megatron-core's fused GELU is the tanh form only, and composed activations, its default, move and
+keep more than ours.
+"""
+
+import functools
 from typing import Any
 
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from megatron_ponder.kernels.dispatch import uses_triton
+from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.swiglu import swiglu
 from megatron_ponder.model.recomputation import made_again
 
@@ -24,3 +31,27 @@ class SwigluMLP(MLP):
         gate_and_up, bias = self.linear_fc1(hidden_states)
         gate_and_up = gate_and_up if bias is None else gate_and_up + bias
         return self.linear_fc2(made_again(swiglu, gate_and_up))
+
+
+class GeluMLP(MLP):
+    """megatron-core's MLP, down(gelu(up(x) + bias)), exact."""
+
+    is_tanh = False
+
+    def forward(
+        self, hidden_states: Tensor, *unused: Any, **more: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As SwigluMLP's."""
+        assert not any(unused) and not any(more.values()), (unused, more)
+        up, bias = self.linear_fc1(hidden_states)
+        if bias is not None and not uses_triton():
+            # What torch keeps of the activation is the sum, so that is what it is made again from.
+            up, bias = up + bias, None
+        activate = functools.partial(gelu, bias=bias, is_tanh=self.is_tanh)
+        return self.linear_fc2(made_again(activate, up))
+
+
+class TanhGeluMLP(GeluMLP):
+    """The same by the tanh approximation."""
+
+    is_tanh = True

@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_ponder.config.schema import ModelConfig, RunConfig
@@ -19,13 +20,15 @@ from megatron_ponder.model.layer import (
     SequentialResidualLayer,
     get_bias_dropout_add,
 )
-from megatron_ponder.model.mlp import SwigluMLP
+from megatron_ponder.model.mlp import GeluMLP, SwigluMLP, TanhGeluMLP
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.runtime.backends import Backends
 
+MLPS: dict[str, type[MLP]] = {"swiglu": SwigluMLP, "gelu": GeluMLP, "gelu_tanh": TanhGeluMLP}
+
 
 def layer_spec(config: RunConfig, backends: Backends) -> ModuleSpec:
-    """megatron-core's layer with our attention, gated MLP and residual add.
+    """megatron-core's layer with our attention, MLP and residual add.
 
     Starts from megatron-core's own specs, so that what it changes between versions (how `mlp` is
     described, for one) stays its own business. Linear layers are megatron-core's on torch, or
@@ -48,7 +51,7 @@ def layer_spec(config: RunConfig, backends: Backends) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=_gated(submodules.mlp) if model.activation == "swiglu" else submodules.mlp,
+            mlp=_on_our_kernels(submodules.mlp, MLPS[model.activation]),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -92,8 +95,8 @@ def _core_attention(backends: Backends) -> type[torch.nn.Module]:
     return FlashCoreAttention if backends.attention == "flash" else SdpaCoreAttention
 
 
-def _gated(mlp: Any) -> Any:
+def _on_our_kernels(mlp: Any, ours: type[MLP]) -> Any:
     """megatron-core's description of an MLP, with our class: a spec (0.16), or a call (0.19)."""
     if isinstance(mlp, ModuleSpec):
-        return ModuleSpec(module=SwigluMLP, submodules=mlp.submodules)
-    return functools.partial(SwigluMLP.as_mlp_submodule, **mlp.keywords)
+        return ModuleSpec(module=ours, submodules=mlp.submodules)
+    return functools.partial(ours.as_mlp_submodule, **mlp.keywords)

@@ -1,8 +1,8 @@
 """What this machine has: devices, and libraries that exist on GPU clusters only.
 
-The one place that looks for CUDA, TransformerEngine, apex, Triton, flash-attn and Liger, and the
-only one of ours that imports TransformerEngine and apex to see whether they work; where they are
-installed, megatron-core imports them too, whatever a run asks for, and changes its defaults.
+The one place that looks for CUDA, TransformerEngine, apex, Triton and flash-attn, and the only one
+of ours that imports TransformerEngine and apex to see whether they work; where they are installed,
+megatron-core imports them too, whatever a run asks for, and changes its defaults.
 `find_capabilities` looks once; what to do with what it finds is `runtime.backends`'s.
 """
 
@@ -64,7 +64,6 @@ class Capabilities:
     interprets_triton: bool = False
     """TRITON_INTERPRET is set: kernels run in Triton's interpreter, for tests on CPU."""
     flash_attention: Library = Library()
-    liger: Library = Library()
 
     @property
     def has_cuda(self) -> bool:
@@ -89,7 +88,6 @@ def find_capabilities() -> Capabilities:
         apex=_apex(),
         apex_weight_gradient=_imported("apex", "fused_weight_gradient_mlp_cuda"),
         flash_attention=_imported("flash_attn", "flash_attn"),
-        liger=_imported("liger_kernel", "liger_kernel"),
     )
     if not torch.cuda.is_available():
         return on_cpu

@@ -94,7 +94,6 @@ def _found(found: Capabilities) -> dict[str, str]:
         "apex's weight gradients": _state(found.apex_weight_gradient),
         "Triton": _state(found.triton) + _interpreter(found),
         "flash-attn": _state(found.flash_attention),
-        "Liger": _state(found.liger) + " (not used)",
     }
 
 

@@ -14,7 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ponder.kernels.triton import cross_entropy, interleave, rotary, stage_norm
+from megatron_ponder.kernels.triton import (
+    cross_entropy,
+    gelu,
+    interleave,
+    rotary,
+    stage_norm,
+    swiglu,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INT64 = {"labels", "ids", "order"}
@@ -28,6 +35,10 @@ SCALARS = set(
     "value_head".split()
 )
 FLOATS = {"scale", "eps"}
+GELU = [
+    {"BLOCK": 1024, "HAS_BIAS": has_bias, "IS_TANH": is_tanh}
+    for has_bias, is_tanh in itertools.product((True, False), repeat=2)
+]
 KERNELS = {
     cross_entropy._statistics: [{"BLOCK": 4096}],
     cross_entropy._gradient: [{"BLOCK": 4096}],
@@ -39,6 +50,10 @@ KERNELS = {
     interleave._sum_runs: [{"BLOCK": 1024}],
     stage_norm._forward: [{"BLOCK": 1024, "IS_LAYER_NORM": on} for on in (True, False)],
     stage_norm._backward: [{"BLOCK": 2048, "IS_LAYER_NORM": on} for on in (True, False)],
+    swiglu._forward: [{"BLOCK": 1024}],
+    swiglu._backward: [{"BLOCK": 1024}],
+    gelu._forward: GELU,
+    gelu._backward: GELU,
     rotary._rotate: [{"BLOCK": 32}],
     rotary._join_and_rotate_back: [{"BLOCK": 64}],
 }

@@ -1,0 +1,73 @@
+"""SwiGLU of a joint gate-up projection, both halves read where they lie; see `kernels.swiglu`.
+
+A program takes a block of one row. Written here rather than taken from Liger, whose kernel of the
+joint projection moves the same bytes: it would be a second path beside this one, which machines
+without Liger need, rounds silu(a) to 16 bits before the product, and has a whole row, rounded up
+to a power of two, in each program.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_BLOCK = 1024
+
+
+@triton.jit
+def _forward(x, y, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    a = tl.load(x + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
+    gated = a * tl.sigmoid(a) * b
+    tl.store(y + row * width + columns, gated.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(x, gradient, dx, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate, up = row * 2 * width + columns, (row * 2 + 1) * width + columns
+    a = tl.load(x + gate, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + up, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(gradient + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(a)
+    da = dy * b * s * (1.0 + a * (1.0 - s))
+    tl.store(dx + gate, da.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + up, (dy * a * s).to(dx.dtype.element_ty), mask=inside)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """As `kernels.swiglu.swiglu`."""
+    return _Swiglu.apply(x)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        y = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
+        _launch(_forward, x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        _launch(_backward, x, grad_outputs[0].contiguous(), dx)
+        return dx
+
+
+def _launch(kernel: Any, x: Tensor, *others: Tensor) -> None:
+    """A program per row of x and block of a half."""
+    width = x.size(-1) // 2
+    if x.numel():
+        block = min(MAX_BLOCK, triton.next_power_of_2(width))
+        grid = x.numel() // (2 * width), triton.cdiv(width, block)
+        kernel[grid](x, *others, width, BLOCK=block)
