@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "te": TE,
     "fp8": (*TE, "--fp8-format", "hybrid"),
     "torch-kernels": ("--kernels", "torch"),
+    "selective": ("--recompute-granularity", "selective"),
     "fused-loss": ("--cross-entropy-loss-fusion",),
     "fused-gradients": ("--gradient-accumulation-fusion",),
     "flash-attention": ("--attention-backend", "flash"),
