@@ -2,7 +2,8 @@
 
 What is assumed, so that it can be judged:
 
-    compute      counted FLOPs over one rate, whatever the shapes
+    compute      counted FLOPs over one rate, whatever the shapes; what selective recomputation
+                 makes again has none, and takes 7% of a forward's time
     tensor,      bytes over the slowest link of the group, and a latency for each collective; in the
     context      way of computing, never hidden behind it
     data         gradients are complete in the backward of the first pass of the last micro-batch,
@@ -31,11 +32,14 @@ from megatron_ponder.planning.report import largest_plan, microbatches_per_step,
 from megatron_ponder.planning.scaling_options import ScalingOptions
 from megatron_ponder.planning.shards import FP32_BYTES
 from megatron_ponder.planning.timeline import Table, simulate
-from megatron_ponder.planning.work import chunk_flops
+from megatron_ponder.planning.work import ChunkFlops, chunk_flops
 from megatron_ponder.ponder.chunks import Chunk, cut_into_chunks
 
 BUCKET_PARAMETERS = 40_000_000
 """megatron-core reduces gradients in buckets of at least so many."""
+SELECTIVE_SHARE = 0.07
+"""Time of selective recomputation, as a part of a forward's: a step took 1.02 times as long on CPU
+(docs/performance.md, cost curves)."""
 GROUPS_SIMULATED, GROUPS_REPEATED = 12, 6
 """Groups of as many micro-batches as stages that are simulated, and those at their end whose mean
 all later ones take. Where messages are felt, groups alternate with a period of 2 or 3 (tests
@@ -74,7 +78,7 @@ class StepClock:
         self.num_microbatches = microbatches_per_step(config, world_size)
         self.chunks = cut_into_chunks(plan, parallel.num_virtual_stages_per_pipeline_rank)
         self.traffic = [StageTraffic(config, plan, stage) for stage in range(self.num_stages)]
-        self.flops = chunk_flops(config, plan)
+        self.flops = _with_cheap_recomputation(config, chunk_flops(config, plan))
         forward_s, backward_s = self.flops.seconds(options.assumed_tflops)
         self.tensor_s = self._by_chunk(self._tensor_s)
         self.context_s = self._by_chunk(self._context_s)
@@ -224,3 +228,14 @@ class StepClock:
             ports = max(options.devices_per_node // stride, 1)
             rate = min(rate, options.network_gb_per_s * ports)
         return rate * 1e9 * options.link_efficiency
+
+
+def _with_cheap_recomputation(config: RunConfig, flops: ChunkFlops) -> ChunkFlops:
+    """Selective recomputation as the FLOPs that would take its time; other work as it is."""
+    if config.training.recompute_granularity != "selective":
+        return flops
+    recomputed = [
+        [SELECTIVE_SHARE * once * (back > 0) for once, back in zip(*rows, strict=True)]
+        for rows in zip(flops.forward, flops.backward, strict=True)
+    ]
+    return dataclasses.replace(flops, recomputed=recomputed)
