@@ -94,8 +94,8 @@ def _update_by_host(
 ) -> None:
     """The same for the Adam of TransformerEngine or apex, which takes no such inputs.
 
-    The host reads the norm, and megatron-core clips in a pass of its own. Not run in our tests:
-    neither library is installed there.
+    The host reads the norm, and megatron-core clips in a pass of its own. Not run with either
+    library, as our tests have neither; torch's SGD takes their place.
     """
     if not is_finite.item():
         return
