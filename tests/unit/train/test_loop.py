@@ -12,6 +12,7 @@ from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.reader import load_checkpoint, locate
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import TrainingError
+from megatron_ponder.optim.adamw import learning_rate
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.runtime import distributed
 from megatron_ponder.train import loop
@@ -30,19 +31,17 @@ class _Events:
 
     def __init__(self, wants_stop_at: int | None = None) -> None:
         self.seen: list[str] = []
-        self._num_started = self._num_read = 0
+        self._not_read: list[int] = []
         self._wants_stop_at = wants_stop_at
 
     def start(self, *args, wants_stop: bool, iteration: int, **kwargs) -> PendingStep:
-        self._num_started += 1
-        assert iteration == self._num_started
+        self._not_read.append(iteration)
         self.seen.append(f"start {iteration}")
         wants_stop = self._wants_stop_at is not None and iteration >= self._wants_stop_at
         return _train_step(*args, iteration=iteration, wants_stop=wants_stop, **kwargs)
 
     def read(self, step: PendingStep):
-        self._num_read += 1
-        self.seen.append(f"read {self._num_read}")
+        self.seen.append(f"read {self._not_read.pop(0)}")
         return _read(step)
 
     def write(self, record: Record) -> None:
@@ -55,9 +54,9 @@ class _Events:
 _train_step, _read = loop.train_step, PendingStep.read
 
 
-def _endless(config: RunConfig, poisoned: range) -> Iterator[Batch]:
-    """Micro-batches of all iterations; the loss of poisoned ones overflows."""
-    for iteration in range(1, 1000):
+def _endless(config: RunConfig, first: int, poisoned: range) -> Iterator[Batch]:
+    """Micro-batches of iterations from `first`; the loss of poisoned ones overflows."""
+    for iteration in range(first, 1000):
         for batch in iteration_batches(config, iteration):
             if iteration in poisoned:
                 batch["loss_mask"][0, 0] = 3e38
@@ -67,10 +66,14 @@ def _endless(config: RunConfig, poisoned: range) -> Iterator[Batch]:
 def _train(
     config: RunConfig, events: _Events, poisoned: range = range(0)
 ) -> tuple[Trainee, Progress]:
-    """A run, watched."""
+    """A run, watched; it goes on from a checkpoint of its --load, if that is given."""
     trainee, progress = build_trainee(config), Progress()
+    if config.checkpoint.load is not None:
+        checkpoint = locate(Path(config.checkpoint.load), None)
+        progress = load_checkpoint(config, checkpoint, **parts(trainee))
     reporter = Reporter(config, trainee.model.method, progress, [events])
-    data = loop.TrainingData(train=lambda: _endless(config, poisoned), valid=None, test=None)
+    batches = _endless(config, progress.iteration + 1, poisoned)
+    data = loop.TrainingData(train=lambda: batches, valid=None, test=None)
     with (
         mock.patch.object(loop, "train_step", events.start),
         mock.patch.object(PendingStep, "read", lambda step: events.read(step)),
@@ -152,6 +155,38 @@ def test_skipped_iterations_are_counted() -> None:
     message, progress, _ = run_ranks(_diverge, 1, range(3, 5), 7)[0]
     assert not message
     assert (progress.iteration, progress.skipped_iterations, progress.updates) == (7, 2, 5)
+
+
+def _end(**settings: object) -> dict[str, torch.Tensor]:
+    """Weights, moments and the next learning rate after a run of which some iterations overflow."""
+    trainee, _ = _train(small_config(1, **NEVER | settings), _Events(), poisoned=range(3, 5))
+    tensors = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
+    states = trainee.optimizer.chained_optimizers[0].optimizer.state.values()
+    for number, state in enumerate(states):
+        tensors |= {f"{name} {number}": value.clone() for name, value in state.items()}
+    tensors["rate"] = torch.tensor(learning_rate(trainee.optimizer))
+    distributed.leave_layout()
+    return tensors
+
+
+def _end_resumed(folder: str) -> dict[str, torch.Tensor]:
+    settings = {"train_iters": 8, "lr_decay_style": "cosine", "save": folder}
+    _end(**settings, exit_interval=6)
+    return _end(**settings, load=folder)
+
+
+def _end_in_one() -> dict[str, torch.Tensor]:
+    return _end(train_iters=8, lr_decay_style="cosine")
+
+
+def test_resume_after_skipped_iterations_is_exact(tmp_path: Path) -> None:
+    """The learning rate counts all of them, Adam only those that moved the weights."""
+    whole = run_ranks(_end_in_one, 1)[0]
+    parted = run_ranks(_end_resumed, 1, str(tmp_path))[0]
+    assert whole["step 0"] == 6
+    assert whole.keys() == parted.keys() and len(whole) > 40
+    for name, tensor in whole.items():
+        assert torch.equal(parted[name], tensor), name
 
 
 def test_a_run_gives_up_at_the_tenth_skipped_iteration_in_a_row() -> None:
