@@ -139,7 +139,7 @@ class _Models:
         trainee, batches = build_trainee(config), random_batches(config)
 
         def step() -> None:
-            train_step(config, trainee, batches, iteration=1, wants_stop=False)
+            train_step(config, trainee, batches, iteration=1, wants_stop=False).read()
 
         self._trainees[name], self._steps[name] = trainee, step
 

@@ -7,8 +7,8 @@ offer and by the optimizer's methods, a plain step by the ranges that it names i
     forward     model and loss, with the batch's way to the device
     backward    of all micro-batches
     gradients   what lies between the last backward and the update: reduction over ranks, division
-                by the number of tokens, norm, clipping
-    optimizer   the update of the weights
+                by the number of tokens, norm; a plain step clips here
+    optimizer   the update of the weights; ours clips in it
     other       the rest: setting gradients to zero, scheduling, Python between the phases
 """
 

@@ -188,7 +188,7 @@ def _work(
         batches = random_batches(config)
         steps: list[Spans] = []
         for iteration in range(1, options.warmup_steps + options.steps + 1):
-            train_step(config, trainee, batches, iteration=iteration, wants_stop=False)
+            train_step(config, trainee, batches, iteration=iteration, wants_stop=False).read()
             steps.append(timers.take())
         latency_s = message_latency_s(config)
         connection.send((latency_s, steps[options.warmup_steps :]))

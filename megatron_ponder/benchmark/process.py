@@ -87,7 +87,8 @@ class _Worker:
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         losses = [self._steps.step(self._next()) for _ in range(num_steps)]
         wait_for_device()
-        return losses, time.perf_counter() - start_s, time.process_time() - start_cpu_s
+        seconds, cpu_seconds = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+        return [read() for read in losses], seconds, cpu_seconds
 
     def memory(self) -> tuple[float, float]:
         """GiB before the model was built, and at the peak."""

@@ -2,11 +2,11 @@
 
 All start from the same weights and take the same random tokens. Ours is the training step of a run.
 The other two are written as one would write them: gradients summed over micro-batches, autocast if
-the run is in bf16, fused AdamW, clipping.
+the run is in bf16, fused AdamW, clipping. No side waits for its loss in a step.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -23,16 +23,22 @@ from megatron_ponder.runtime.device import device
 from megatron_ponder.train.run import build_trainee
 from megatron_ponder.train.step import train_step
 
+Loss = Callable[[], float]
+"""What waits for a step's loss, once it is wanted."""
+
 
 class Steps(Protocol):
     """A side."""
 
-    def step(self, iteration: int, phase: Phase = unnamed) -> float:
-        """Take an optimizer step; the loss before it.
+    def step(self, iteration: int, phase: Phase = unnamed) -> Loss:
+        """Start an optimizer step, and do not wait for it.
 
         Args:
             iteration: its number, from 1.
             phase: names the parts of the step.
+
+        Returns:
+            The loss before it.
         """
 
 
@@ -70,12 +76,13 @@ class OurSteps:
             self.trainee.optimizer.reload_model_params()
         self.batches = random_batches(config)
 
-    def step(self, iteration: int, phase: Phase = unnamed) -> float:
+    def step(self, iteration: int, phase: Phase = unnamed) -> Loss:
         """See `Steps`."""
         with named_phases(self.trainee, phase):
-            return train_step(
+            step = train_step(
                 self.config, self.trainee, self.batches, iteration=iteration, wants_stop=False
-            ).loss
+            )
+        return lambda: step.read().loss
 
 
 class PlainSteps:
@@ -88,7 +95,7 @@ class PlainSteps:
         self.optimizer = _fused_adamw(self.model, config)
         self.batches = random_batches(config)
 
-    def step(self, iteration: int, phase: Phase = unnamed) -> float:
+    def step(self, iteration: int, phase: Phase = unnamed) -> Loss:
         """See `Steps`."""
         training = self.config.training
         assert training.global_batch_size is not None
@@ -112,7 +119,7 @@ class PlainSteps:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         with phase("optimizer"):
             self.optimizer.step()
-        return loss_sum.item()
+        return loss_sum.item
 
 
 class _WithLoss(nn.Module):

@@ -27,11 +27,10 @@ def rounded_scale(scale: float | None, dtype: torch.dtype) -> float | None:
 
 def append_extra_tokens(tokens: Tensor, extra_ids: tuple[int, ...]) -> Tensor:
     """Put the same ids behind every token: [b, s] -> [b, s * (1 + extra ids)]."""
-    if not extra_ids:
-        return tokens
-    extra = tokens.new_tensor(extra_ids).expand(*tokens.shape, -1)
+    # Ids that came as a list would be copied from pageable memory, which waits for the device.
+    extra = [torch.full_like(tokens, extra_id) for extra_id in extra_ids]
     # [b, s, 1 + extra ids] -> [b, s * (1 + extra ids)]
-    return torch.cat((tokens.unsqueeze(2), extra), dim=2).flatten(1)
+    return torch.stack((tokens, *extra), dim=2).flatten(1)
 
 
 class PonderEmbedding(MegatronModule):

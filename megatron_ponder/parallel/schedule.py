@@ -197,13 +197,32 @@ def _schedule_config(model: ParallelModel) -> TransformerConfig:
     config = copy.copy(model.modules[0].config)
     config.no_sync_func = model.no_sync
 
-    def finalize(scheduled: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-        finalize_model_grads(model.chunks, *args, **kwargs)
+    def finalize(scheduled: list[torch.nn.Module], num_tokens: Tensor, **kwargs: Any) -> None:
+        finalize_model_grads(model.chunks, **kwargs)
+        _divide_gradients(model, num_tokens)
         for module in model.modules:
             module.add_up_replicated_embedding()
 
     config.finalize_model_grads_func = finalize
     return config
+
+
+def _divide_gradients(model: ParallelModel, num_tokens: Tensor) -> None:
+    """By the number of tokens of the global batch.
+
+    `finalize_model_grads` would do it if it were given the number, but asks on the host whether it
+    is above zero (megatron-core 0.16.1), and waits for the device.
+
+    Args:
+        model: its gradients are reduced over ranks.
+        num_tokens: int32 [], of this rank's micro-batches; counts on the last pipeline stage only.
+    """
+    groups = process_groups()
+    last_stage = dist.get_process_group_ranks(groups.pp)[-1]
+    dist.broadcast(num_tokens, src=last_stage, group=groups.pp)
+    dist.all_reduce(num_tokens, group=groups.dp_cp)
+    for chunk in model.chunks:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def _prepare(batch: Batch) -> Batch:

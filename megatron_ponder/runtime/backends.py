@@ -5,7 +5,7 @@ error; what `auto` chose is logged once by training, with the reason. `auto` nev
 TransformerEngine's layers unless fp8 needs them: they have not been measured against ours yet.
 
 Left out: what megatron-core takes for itself where TransformerEngine or apex are installed (Adam,
-the gradient norm); `runtime.diagnosis` tells.
+clipping); `runtime.diagnosis` tells.
 """
 
 import dataclasses

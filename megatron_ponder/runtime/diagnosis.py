@@ -14,13 +14,9 @@ from megatron_ponder.errors import BackendError
 from megatron_ponder.runtime.backends import choose_backends, describe
 from megatron_ponder.runtime.capabilities import Capabilities, Library
 
-SYNCED_NORM_CORE, SYNCED_NORM_TE = (0, 19), (2, 14)
-"""megatron-core from the first on, with TransformerEngine before the second, reads the norm of each
-parameter's gradient back to the host."""
 DEFAULTS = {
     # what: module of megatron-core, name in it
     "Adam": ("megatron.core.optimizer", "Adam"),
-    "gradient norm": ("megatron.core.optimizer.clip_grads", "l2_norm_impl"),
     "gradient clipping": ("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl"),
     "norms of its own specs": ("megatron.core.models.gpt.gpt_layer_specs", "LNImpl"),
 }
@@ -128,24 +124,11 @@ def _warnings(config: RunConfig, found: Capabilities) -> Iterator[str]:
             "composed torch kernels, megatron-core's layers, torch's attention and fused AdamW, "
             "gloo between ranks."
         )
-    te, core = found.transformer_engine, found.megatron_core
-    if te.is_usable and _release(core) >= SYNCED_NORM_CORE:
-        assert te.version is not None
-        if _release(te.version) < SYNCED_NORM_TE:
-            yield (
-                f"megatron-core {core} with TransformerEngine {te.version}: the gradient norm "
-                "waits for the device once per parameter. TransformerEngine 2.14 does not."
-            )
-    if te.is_usable:
+    if found.transformer_engine.is_usable:
         yield (
-            "TransformerEngine is installed: megatron-core takes its Adam, norm and clipping "
-            "whatever --transformer-impl says."
+            "TransformerEngine is installed: megatron-core takes its Adam and clipping whatever "
+            "--transformer-impl says, and the host waits for the gradient norm in every step. "
+            "torch's AdamW, taken without TransformerEngine and apex, does not need that."
         )
     if found.has_cuda and not config.training.bf16:
         yield "this is what an fp32 run gets; add --bf16 for what a training run gets."
-
-
-def _release(version: str) -> tuple[int, int]:
-    """The first two numbers of a version."""
-    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")]
-    return (numbers[0], numbers[1]) if len(numbers) > 1 else (numbers[0], 0)

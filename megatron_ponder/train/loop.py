@@ -3,8 +3,13 @@
 What happens after an iteration happens in this order on every rank: counters, log line, evaluation,
 checkpoint, stop. A run that stops after a checkpoint and goes on from it does the same arithmetic
 as one that never stopped.
+
+Numbers of an iteration are read when the next one is under way, so that the device does not run
+dry, except where something is to happen between the two. So a request to stop, or a loss that is
+not finite, may be noticed one iteration late; all ranks notice it after the same one.
 """
 
+import collections
 import dataclasses
 import logging
 import time
@@ -17,13 +22,16 @@ from megatron_ponder.errors import TrainingError
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.train.evaluation import evaluate
 from megatron_ponder.train.metrics import Reporter
-from megatron_ponder.train.step import StepResult, Trainee, train_step
+from megatron_ponder.train.step import PendingStep, StepResult, Trainee, train_step
 from megatron_ponder.train.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
 """A run whose loss or gradient was not finite this often in a row is not going to recover."""
+
+MAX_STEPS_AHEAD = 1
+"""Iterations that are started before the numbers of one are read."""
 
 Batches = Callable[[], Iterator[Batch]]
 """Starts reading a dataset, on this rank."""
@@ -65,44 +73,84 @@ def train(
         TrainingError: the loss or the gradient stays non-finite.
     """
     training = config.training
-    saved_at = progress.iteration
-    evaluated_at = None
+    saved_at = evaluated_at = None
     num_skipped_in_a_row = 0
-    batches = data.train()
     with StopRequest(training, start_s) as stop:
-        while progress.iteration < training.train_iters:
-            step_start_s = time.monotonic()
-            step = train_step(
-                config,
-                trainee,
-                batches,
-                iteration=progress.iteration + 1,
-                wants_stop=stop.is_raised,
-            )
+        since_s = time.monotonic()
+        for step in _run_steps(config, trainee, data.train(), progress.iteration, stop):
             _advance(progress, config, step)
-            reporter.add(step, time.monotonic() - step_start_s)
+            reporter.add(step, time.monotonic() - since_s)
             num_skipped_in_a_row = 0 if step.is_updated else num_skipped_in_a_row + 1
             _check_finite(progress, step, num_skipped_in_a_row)
-            if _is_due(progress, config.logging.log_interval):
+            if _is_due(progress.iteration, config.logging.log_interval):
                 reporter.report_training(step)
-            if _is_due(progress, training.eval_interval):
+            if _is_due(progress.iteration, training.eval_interval):
                 _validate(config, trainee, data, reporter)
                 evaluated_at = progress.iteration
-            stops = step.is_stop_requested or _is_due(progress, training.exit_interval)
-            if stops or _is_due(progress, config.checkpoint.save_interval):
+            if _is_due(progress.iteration, config.checkpoint.save_interval):
                 _save(config, trainee, progress)
                 saved_at = progress.iteration
-            if stops:
-                reason = stop.reason() if step.is_stop_requested else "--exit-interval"
-                logger.info("stopped after iteration %d: %s", progress.iteration, reason)
-                return
+            since_s = time.monotonic()
+        is_stopped = step.is_stop_requested or _is_due(progress.iteration, training.exit_interval)
+    if not is_stopped:
         if evaluated_at != progress.iteration:
             _validate(config, trainee, data, reporter)
         if data.test is not None:
             reporter.report_evaluation("test", evaluate(config, trainee, data.test()))
-        if saved_at != progress.iteration:
-            _save(config, trainee, progress)
-    logger.info("training is done: %d iterations", progress.iteration)
+    if saved_at != progress.iteration:
+        _save(config, trainee, progress)
+    if is_stopped:
+        reason = stop.reason() if step.is_stop_requested else "--exit-interval"
+        logger.info("stopped after iteration %d: %s", progress.iteration, reason)
+    else:
+        logger.info("training is done: %d iterations", progress.iteration)
+
+
+def _run_steps(
+    config: RunConfig,
+    trainee: Trainee,
+    batches: Iterator[Batch],
+    num_done: int,
+    stop: StopRequest,
+) -> Iterator[StepResult]:
+    """What the iterations of this run did, in order.
+
+    Where something is due after an iteration, nothing later has been started when it is handed out:
+    weights, counters and random states are those after it. That also holds for the last one.
+
+    Args:
+        config: resolved.
+        trainee: changed in place.
+        batches: this rank's micro-batches.
+        num_done: iterations before.
+        stop: this rank's wish; once any rank has it, no further iteration is started.
+    """
+    started: collections.deque[PendingStep] = collections.deque()
+    is_last = False
+    while not is_last:
+        num_done += 1
+        started.append(
+            train_step(config, trainee, batches, iteration=num_done, wants_stop=stop.is_raised)
+        )
+        is_last = num_done == config.training.train_iters or _is_due(
+            num_done, config.training.exit_interval
+        )
+        while (
+            len(started) > MAX_STEPS_AHEAD or started and (is_last or _is_awaited(config, num_done))
+        ):
+            step = started.popleft().read()
+            is_last = is_last or step.is_stop_requested
+            yield step
+
+
+def _is_awaited(config: RunConfig, iteration: int) -> bool:
+    """Whether something needs to be done after an iteration before the next one starts."""
+    intervals = (
+        config.logging.log_interval,
+        config.training.eval_interval,
+        config.checkpoint.save_interval,
+    )
+    return any(_is_due(iteration, interval) for interval in intervals)
 
 
 def _validate(config: RunConfig, trainee: Trainee, data: TrainingData, reporter: Reporter) -> None:
@@ -122,9 +170,9 @@ def _advance(progress: Progress, config: RunConfig, step: StepResult) -> None:
     progress.skipped_iterations += not step.is_updated
 
 
-def _is_due(progress: Progress, interval: int | None) -> bool:
-    """Whether something that happens every `interval` iterations happens now; 0 and None: never."""
-    return interval is not None and interval > 0 and progress.iteration % interval == 0
+def _is_due(iteration: int, interval: int | None) -> bool:
+    """Whether what happens every `interval` iterations happens after this; 0 and None: never."""
+    return interval is not None and interval > 0 and iteration % interval == 0
 
 
 def _check_finite(progress: Progress, step: StepResult, num_skipped_in_a_row: int) -> None:

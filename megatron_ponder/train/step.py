@@ -3,25 +3,27 @@
 The loss is the mean over the unmasked tokens of the whole global batch, whatever the layout. The
 iteration's R is drawn once, so that all micro-batches on all ranks run the same passes.
 
-Every iteration has two small reductions over ranks (loss and stop request; gradient norm) and one
-point at which the host waits for the device: megatron-core's gradient norm is a Python number.
-Everything else that the host wants to know is read right after it, when it is there already.
+Nothing in an iteration waits for the device. Every iteration has two small reductions over ranks
+(loss and stop request; gradient norm), and whether the weights move is decided on the device
+(`optim.update`). The host starts an iteration and reads its numbers when it needs them, so that it
+can have the next one under way before.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.optim.adamw import learning_rate
+from megatron_ponder.optim.update import clipped_update, gradient_norm
 from megatron_ponder.parallel.parallel_model import ParallelModel
 from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
 from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
+from megatron_ponder.runtime.device import HostCopy
 from megatron_ponder.runtime.distributed import ranks
 
 
@@ -54,6 +56,35 @@ class StepResult:
     """Whether any rank asked to stop."""
 
 
+class PendingStep:
+    """An iteration that was started, and may still be running.
+
+    Args:
+        numbers: fp64 [5] on the device: sum of the loss, tokens, stop requests, gradient norm, and
+            1 where the weights move.
+        learning_rate: the rate of this update.
+        num_jacobi_iterations: R of this iteration.
+    """
+
+    def __init__(self, numbers: Tensor, learning_rate: float, num_jacobi_iterations: int) -> None:
+        self._numbers = HostCopy(numbers)
+        self._learning_rate = learning_rate
+        self._num_jacobi_iterations = num_jacobi_iterations
+
+    def read(self) -> StepResult:
+        """What it did; waits until that is known."""
+        loss_sum, num_tokens, num_stop_requests, grad_norm, is_updated = self._numbers.read()
+        return StepResult(
+            loss=loss_sum / max(num_tokens, 1.0),
+            num_tokens=int(num_tokens),
+            grad_norm=grad_norm,
+            learning_rate=self._learning_rate,
+            num_jacobi_iterations=self._num_jacobi_iterations,
+            is_updated=bool(is_updated),
+            is_stop_requested=num_stop_requests > 0,
+        )
+
+
 def num_microbatches(config: RunConfig) -> int:
     """Micro-batches that each data-parallel rank runs per iteration."""
     per_pass = config.training.micro_batch_size * ranks().data_parallel_size
@@ -68,8 +99,10 @@ def train_step(
     *,
     iteration: int,
     wants_stop: bool,
-) -> StepResult:
-    """Run one iteration.
+) -> PendingStep:
+    """Start one iteration, without waiting for any of it.
+
+    The learning rate's schedule counts every iteration, also one whose update is skipped.
 
     Args:
         config: resolved.
@@ -94,28 +127,9 @@ def train_step(
     status = add_up_over_ranks(torch.cat((loss_and_tokens, wants_stop_here)))
     rate = learning_rate(trainee.optimizer)
     trainee.optimizer.prepare_grads()
-    grad_norm = trainee.optimizer.get_grad_norm()
-    loss_sum, num_tokens, num_stop_requests = status.tolist()
-    loss = loss_sum / max(num_tokens, 1.0)
-    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if is_finite:
-        _update(trainee, grad_norm)
-    return StepResult(
-        loss=loss,
-        num_tokens=int(num_tokens),
-        grad_norm=grad_norm,
-        learning_rate=rate,
-        num_jacobi_iterations=r,
-        is_updated=is_finite,
-        is_stop_requested=num_stop_requests > 0,
-    )
-
-
-def _update(trainee: Trainee, grad_norm: float) -> None:
-    """Clip, step, and move the schedule on: megatron-core's `step` after its gradient norm."""
-    for optimizer in trainee.optimizer.chained_optimizers:
-        clip_grad_by_total_norm_fp32(
-            optimizer.get_parameters(), max_norm=optimizer.config.clip_grad, total_norm=grad_norm
-        )
-    trainee.optimizer.step_with_ready_grads()
+    grad_norm = gradient_norm(trainee.optimizer)
+    is_finite = torch.isfinite(status[0] + grad_norm)
+    clipped_update(trainee.optimizer, grad_norm, is_finite)
     trainee.scheduler.step(increment=1)
+    numbers = torch.cat((status, torch.stack((grad_norm, is_finite.double()))))
+    return PendingStep(numbers, rate, r)

@@ -1,4 +1,6 @@
-"""The golden cases and a bf16 run on a GPU. Their CPU twins are tests/golden and tests/e2e.
+"""The golden cases, a bf16 run and a step's waits on a GPU.
+
+Their CPU twins are tests/golden, tests/e2e and tests/unit/train.
 
 Not run yet on any GPU: none was available while this was written.
 """
@@ -6,11 +8,15 @@ Not run yet on any GPU: none was available while this was written.
 import pytest
 import torch
 
+from megatron_ponder.runtime import distributed
+from megatron_ponder.train.step import train_step
 from tests.golden.cases import NAMES
 from tests.golden.test_golden import violations_of_all, write_checkpoints
 from tests.parity.layouts import config_of
 from tests.parity.test_bf16 import BF16_MODELS, losses_in_bf16
 from tests.ranks import run_ranks
+from tests.unit.checkpoint.small_run import build_trainee, iteration_batches, small_config
+from tests.unit.train.test_host_waits import METHODS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,3 +39,27 @@ def test_bf16_learns_one_batch(model):
     (losses,) = run_ranks(losses_in_bf16, 1, config_of(model, {"bf16": True}, 1))
     assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < losses[0] - 0.5
+
+
+def _steps_that_may_not_wait(settings):
+    """Two steps, and two in which torch refuses to wait for the device; the last one's loss."""
+    config = small_config(1, **{**settings, "random_jacobi_iterations": False})
+    trainee = build_trainee(config)
+    for iteration in range(1, 5):
+        batches = [
+            {key: tensor.pin_memory() for key, tensor in batch.items()}
+            for batch in iteration_batches(config, iteration)
+        ]
+        torch.cuda.set_sync_debug_mode("error" if iteration > 2 else "default")
+        step = train_step(config, trainee, iter(batches), iteration=iteration, wants_stop=False)
+    torch.cuda.set_sync_debug_mode("default")
+    loss = step.read().loss
+    distributed.leave_layout()
+    return loss
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_does_not_wait_for_the_device(method, precision):
+    (loss,) = run_ranks(_steps_that_may_not_wait, 1, METHODS[method] | precision)
+    assert 0 < loss < 10

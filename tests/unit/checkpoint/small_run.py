@@ -78,7 +78,7 @@ def run_iterations(
     steps = []
     for iteration in range(progress.iteration + 1, last + 1):
         batches = iteration_batches(config, iteration)
-        step = train_step(config, trainee, batches, iteration=iteration, wants_stop=False)
+        step = train_step(config, trainee, batches, iteration=iteration, wants_stop=False).read()
         assert step.is_updated
         progress.iteration = iteration
         progress.consumed_tokens += step.num_tokens

@@ -85,7 +85,7 @@ def _step_beside_torch(settings: dict) -> dict[str, float]:
     )
     for iteration in range(1, NUM_STEPS + 1):
         batches = iteration_batches(config, iteration)
-        step = train_step(config, trainee, batches, iteration=iteration, wants_stop=False)
+        step = train_step(config, trainee, batches, iteration=iteration, wants_stop=False).read()
         for name, parameter in named.items():
             copies[name].grad = parameter.main_grad.clone().float()
         for group in reference.param_groups:

@@ -23,7 +23,7 @@ def measure(config: RunConfig) -> dict[str, int]:
         batches = random_batches(config)
 
         def step() -> None:
-            train_step(config, trainee, batches, iteration=1, wants_stop=False)
+            train_step(config, trainee, batches, iteration=1, wants_stop=False).read()
 
         for _ in range(2):  # the optimizer's state appears in the first
             step()

@@ -43,7 +43,7 @@ def measure_traffic(config: RunConfig) -> dict[str, float]:
         trainee = build_trainee(config)
         batches = random_batches(config)
         with CountSent() as counter:
-            train_step(config, trainee, batches, iteration=1, wants_stop=False)
+            train_step(config, trainee, batches, iteration=1, wants_stop=False).read()
         return counter.sent
     finally:
         leave_layout()
