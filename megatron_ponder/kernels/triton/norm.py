@@ -1,8 +1,9 @@
 """RMSNorm and LayerNorm with what lies around them; see `kernels.stage_norm`, `kernels.residual`.
 
-A program of the forward norms a row. One of the backward goes over rows_each rows of the whole
-sequence: it writes zeros to those that are not read, dx to the others, and keeps its part of the
-parameters' gradients, which torch adds up: a sum in fixed order, the same in every run.
+A program has ROWS rows at once, more than one of narrow ones. One of the backward goes over
+rows_each rows of the whole sequence: it writes zeros to those that are not read, dx to the others,
+and keeps its part of the parameters' gradients, which torch adds up: a sum in fixed order, the same
+in every run.
 
 One pair of kernels for three uses, which differ in what is read and written beside the norm:
 
@@ -42,6 +43,7 @@ def _forward(
     out_2,
     means,
     inverses,
+    num_rows,
     batch,
     stages,
     first,
@@ -52,38 +54,41 @@ def _forward(
     HAS_BRANCH_BIAS: tl.constexpr,
     IS_LAYER_NORM: tl.constexpr,
     HAS_SECOND: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    channels = tl.arange(0, BLOCK)
-    inside = channels < width
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK)[None, :]
+    exists, inside = row < num_rows, channels < width
+    of_row = exists[:, None] & inside
     slot, in_batch = row // batch, row % batch
     source = (slot // num_kept * stages + first + slot % num_kept) * batch + in_batch
-    at = row * width + channels
-    x = tl.load(hidden + source * width + channels, mask=inside, other=0.0).to(tl.float32)
+    at = row[:, None] * width + channels
+    from_hidden = hidden + source[:, None] * width + channels
+    x = tl.load(from_hidden, mask=of_row, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        x += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(branch + at, mask=of_row, other=0.0).to(tl.float32)
         if HAS_BRANCH_BIAS:
             x += tl.load(branch_bias + channels, mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(total.dtype.element_ty)
-        tl.store(total + at, rounded, mask=inside)
+        tl.store(total + at, rounded, mask=of_row)
         x = rounded.to(tl.float32)
     if IS_LAYER_NORM:
-        mean = tl.sum(x, axis=0) / width
-        x = tl.where(inside, x - mean, 0.0)
-        tl.store(means + row, mean)
-    inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
-    tl.store(inverses + row, inverse)
-    u = x * inverse
+        mean = tl.sum(x, axis=1) / width
+        x = tl.where(of_row, x - mean[:, None], 0.0)
+        tl.store(means + row, mean, mask=exists)
+    inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+    tl.store(inverses + row, inverse, mask=exists)
+    u = x * inverse[:, None]
     y = u * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
     if IS_LAYER_NORM:
         y += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=of_row)
     if HAS_SECOND:
         y = u * tl.load(weight_2 + channels, mask=inside, other=0.0).to(tl.float32)
         if IS_LAYER_NORM:
             y += tl.load(bias_2 + channels, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_2 + at, y.to(out_2.dtype.element_ty), mask=inside)
+        tl.store(out_2 + at, y.to(out_2.dtype.element_ty), mask=of_row)
 
 
 @triton.jit
@@ -109,32 +114,34 @@ def _backward(
     HAS_BRANCH_BIAS: tl.constexpr,
     IS_LAYER_NORM: tl.constexpr,
     HAS_SECOND: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    channels = tl.arange(0, BLOCK)
+    channels = tl.arange(0, BLOCK)[None, :]
     inside = channels < width
     w = tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
-    d_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    d_bias = tl.zeros((BLOCK,), dtype=tl.float32)
-    d_branch_bias = tl.zeros((BLOCK,), dtype=tl.float32)
-    d_weight_2 = tl.zeros((BLOCK,), dtype=tl.float32)
-    d_bias_2 = tl.zeros((BLOCK,), dtype=tl.float32)
     if HAS_SECOND:
         w_2 = tl.load(weight_2 + channels, mask=inside, other=0.0).to(tl.float32)
-    for number in range(0, rows_each):
-        row = program * rows_each + number
-        exists = row < num_rows
+    d_weight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_weight_2 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_bias_2 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_branch_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, rows_each, ROWS):
+        row = program * rows_each + start + tl.arange(0, ROWS)
+        exists = (row < num_rows) & (row < (program + 1) * rows_each)
         slot, in_batch = row // batch, row % batch
         stage = slot % stages - first
         is_read = exists & (stage >= 0) & (stage < num_kept)
         kept = (slot // stages * num_kept + stage) * batch + in_batch
-        of_row = channels < tl.where(is_read, width, 0)
-        at = kept * width + channels
-        x = tl.load(hidden + row * width + channels, mask=of_row, other=0.0).to(tl.float32)
-        inverse = tl.load(inverses + kept, mask=is_read, other=0.0)
+        of_row = is_read[:, None] & inside
+        of_whole, in_whole = row[:, None] * width + channels, exists[:, None] & inside
+        at = kept[:, None] * width + channels
+        x = tl.load(hidden + of_whole, mask=of_row, other=0.0).to(tl.float32)
+        inverse = tl.load(inverses + kept, mask=is_read, other=0.0)[:, None]
         if IS_LAYER_NORM:
-            x = x - tl.load(means + kept, mask=is_read, other=0.0)
+            x = x - tl.load(means + kept, mask=is_read, other=0.0)[:, None]
         u = tl.where(of_row, x * inverse, 0.0)
         dy = tl.load(gradient + at, mask=of_row, other=0.0).to(tl.float32)
         g = dy * w
@@ -147,33 +154,32 @@ def _backward(
             d_weight_2 += dy * u
             if IS_LAYER_NORM:
                 d_bias_2 += dy
-        dx = g - u * (tl.sum(g * u, axis=0) / width)
+        dx = g - u * (tl.sum(g * u, axis=1) / width)[:, None]
         if IS_LAYER_NORM:
-            dx = dx - tl.sum(g, axis=0) / width
+            dx = dx - (tl.sum(g, axis=1) / width)[:, None]
         dx = tl.where(of_row, dx * inverse, 0.0)
         if HAS_RESIDUAL:
             dx += tl.load(d_residual + at, mask=of_row, other=0.0).to(tl.float32)
         if HAS_BRANCH_BIAS:
             d_branch_bias += dx
-        of_whole = channels < tl.where(exists, width, 0)
-        to = d_hidden + row * width + channels
-        tl.store(to, dx.to(d_hidden.dtype.element_ty), mask=of_whole)
+        tl.store(d_hidden + of_whole, dx.to(d_hidden.dtype.element_ty), mask=in_whole)
     # [those that there are, programs, width], in the order of `_Norm`'s parameters
-    part = d_parameters + program * width + channels
+    columns = tl.arange(0, BLOCK)
+    part = d_parameters + program * width + columns
     step = tl.num_programs(0).to(tl.int64) * width
     if HAS_BRANCH_BIAS:
-        tl.store(part, d_branch_bias, mask=inside)
+        tl.store(part, tl.sum(d_branch_bias, axis=0), mask=columns < width)
         part += step
-    tl.store(part, d_weight, mask=inside)
+    tl.store(part, tl.sum(d_weight, axis=0), mask=columns < width)
     if IS_LAYER_NORM:
         part += step
-        tl.store(part, d_bias, mask=inside)
+        tl.store(part, tl.sum(d_bias, axis=0), mask=columns < width)
     if HAS_SECOND:
         part += step
-        tl.store(part, d_weight_2, mask=inside)
+        tl.store(part, tl.sum(d_weight_2, axis=0), mask=columns < width)
         if IS_LAYER_NORM:
             part += step
-            tl.store(part, d_bias_2, mask=inside)
+            tl.store(part, tl.sum(d_bias_2, axis=0), mask=columns < width)
 
 
 def norm_stages(
@@ -241,7 +247,7 @@ class _Norm(torch.autograd.Function):
             **_block(width),
         }
         # What a kernel does not use, something takes the place of.
-        _forward[(num_kept * batch,)](
+        _forward[(triton.cdiv(num_kept * batch, ctx.flags["ROWS"]),)](
             hidden,
             _or(branch, hidden),
             _or(branch_bias, weight),
@@ -254,6 +260,7 @@ class _Norm(torch.autograd.Function):
             outs[-1],
             means,
             inverses,
+            num_kept * batch,
             batch,
             num_stages,
             stages.start,
@@ -278,6 +285,7 @@ class _Norm(torch.autograd.Function):
         num_slots, batch, width = hidden.shape
         num_rows = num_slots * batch
         rows_each = triton.cdiv(num_rows, MAX_PROGRAMS[len(d_normed)])
+        rows_each = max(rows_each, min(num_rows, ctx.flags["ROWS"]))
         num_programs = triton.cdiv(num_rows, rows_each)
         d_hidden = torch.empty_like(hidden)
         given = [parameter for parameter in parameters if parameter is not None]
@@ -314,6 +322,7 @@ def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
 
 
 def _block(width: int) -> dict[str, int]:
-    """A row per program, 8 numbers of it per thread."""
+    """At least 1024 numbers at once, in one row or several, and 8 of them per thread."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(16, max(4, block // 256))}
+    rows = max(1, 1024 // block)
+    return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(4, block // 256))}

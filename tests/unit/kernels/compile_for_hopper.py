@@ -42,7 +42,7 @@ GELU = [
 ]
 NORM_FORWARD = [
     {"HAS_BRANCH": branch, "HAS_BRANCH_BIAS": bias, "HAS_SECOND": second}
-    | {"BLOCK": 1024, "IS_LAYER_NORM": is_layer_norm}
+    | {"BLOCK": 512, "ROWS": 2, "IS_LAYER_NORM": is_layer_norm}
     for is_layer_norm in (True, False)
     for branch, bias, second in (
         (False, False, False),
@@ -53,7 +53,7 @@ NORM_FORWARD = [
 ]
 NORM_BACKWARD = [
     {"HAS_RESIDUAL": residual, "HAS_BRANCH_BIAS": bias, "HAS_SECOND": second}
-    | {"BLOCK": 2048, "IS_LAYER_NORM": is_layer_norm}
+    | {"BLOCK": 2048, "ROWS": 1, "IS_LAYER_NORM": is_layer_norm}
     for is_layer_norm in (True, False)
     for residual, bias, second in (
         (False, False, False),
