@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_PROGRAMS = {1: 512, 2: 256}
-"""Of the backward, by the number of norms: that many run at once on a Hopper GPU. More would only
-write more parts of the parameters' gradients."""
+MAX_WARPS = 4096
+"""Of the backward, what a Hopper GPU (132 multiprocessors) has registers for at once, at 64 per
+thread. With a second norm or a branch's bias a thread takes up to 101, and there are half as many.
+More would only write more parts of the parameters' gradients."""
 Parameters = tuple[Tensor, Tensor | None]
 """Weight and bias of a norm, no bias for RMSNorm."""
 
@@ -284,7 +285,7 @@ class _Norm(torch.autograd.Function):
         num_stages, stages = ctx.read
         num_slots, batch, width = hidden.shape
         num_rows = num_slots * batch
-        rows_each = triton.cdiv(num_rows, MAX_PROGRAMS[len(d_normed)])
+        rows_each = triton.cdiv(num_rows, _max_programs(**ctx.flags))
         rows_each = max(rows_each, min(num_rows, ctx.flags["ROWS"]))
         num_programs = triton.cdiv(num_rows, rows_each)
         d_hidden = torch.empty_like(hidden)
@@ -326,3 +327,9 @@ def _block(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     rows = max(1, 1024 // block)
     return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(4, block // 256))}
+
+
+def _max_programs(
+    *, num_warps: int, HAS_SECOND: bool, HAS_BRANCH_BIAS: bool, **flags: object
+) -> int:
+    return MAX_WARPS // (2 if HAS_SECOND or HAS_BRANCH_BIAS else 1) // num_warps

@@ -21,7 +21,7 @@ NORMS = pytest.mark.parametrize("is_layer_norm", [False, True], ids=["RMSNorm", 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """So that a program of the backward takes rows several times, and the last one fewer."""
-    monkeypatch.setattr(norm, "MAX_PROGRAMS", {1: 4, 2: 3})
+    monkeypatch.setattr(norm, "MAX_WARPS", 16)
     block = norm._block
     monkeypatch.setattr(norm, "_block", lambda width: block(width) | {"ROWS": 2})
 
