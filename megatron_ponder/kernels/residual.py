@@ -25,12 +25,10 @@ norm is of the rounded row, which the backward reads. Per element of e bytes:
     add_and_norm, without bias        5 e        4 e       8 e        4 e
         with bias                     7 e        4 e       9 e        4 e
 
-One branch without a bias is torch's add in both. On CPU, the reference, norms are composed.
+One branch without a bias is torch's add in both. On CPU all of it is composed: functions with such
+backwards took 0.999 to 1.009 of the time of a training step there (h 128 and 512).
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,9 +43,13 @@ Parameters = tuple[Tensor, Tensor | None]
 
 def add_branches(residual: Tensor, *branches: Branch) -> Tensor:
     """The stream behind one branch, or two that both read it: [s, b, h]."""
-    if len(branches) == 1 and branches[0][1] is None:
-        return residual + branches[0][0]
-    return _AddBranches.apply(residual, *(tensor for branch in branches for tensor in branch))
+    if uses_triton() and (len(branches) > 1 or branches[0][1] is not None):
+        from megatron_ponder.kernels.triton import residual as kernel
+
+        return kernel.add_branches(residual, branches)
+    for x, bias in branches:
+        residual = residual + (x if bias is None else x + bias)
+    return residual
 
 
 def norm_beside_residual(hidden: Tensor, *norms: Parameters, eps: float) -> tuple[Tensor, ...]:
@@ -75,7 +77,7 @@ def add_and_norm(
     if uses_triton():
         from megatron_ponder.kernels.triton import norm as kernel
 
-        return kernel.add_and_norm(residual, *branch, norm, eps)
+        return kernel.add_and_norm(residual, branch, norm, eps)
     total = add_branches(residual, branch)
     return total, _norm(total, norm, eps)
 
@@ -85,26 +87,3 @@ def _norm(x: Tensor, parameters: Parameters, eps: float) -> Tensor:
     if bias is None:
         return rms_norm(x, weight, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-class _AddBranches(torch.autograd.Function):
-    """Branches with biases, whose gradients are one sum."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, *branches: Any) -> Tensor:
-        ctx.has_bias = [bias is not None for bias in branches[1::2]]
-        if uses_triton():
-            from megatron_ponder.kernels.triton import residual as kernel
-
-            return kernel.add_branches(residual, *branches)
-        total = residual
-        for x, bias in zip(branches[::2], branches[1::2], strict=True):
-            total = x + total if bias is None else (x + bias).add_(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = grad_outputs
-        d_bias = gradient.flatten(0, -2).sum(dim=0) if any(ctx.has_bias) else None
-        by_branch = ((gradient, d_bias if has_bias else None) for has_bias in ctx.has_bias)
-        return gradient, *(part for branch in by_branch for part in branch)

@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ponder.kernels.residual import Branch, Parameters
+
 MAX_WARPS = 4096
 """Of the backward, what a Hopper GPU (132 multiprocessors) has registers for at once, at 64 per
 thread. With a second norm or a branch's bias a thread takes up to 101, and there are half as many.
 More would only write more parts of the parameters' gradients."""
-Parameters = tuple[Tensor, Tensor | None]
-"""Weight and bias of a norm, no bias for RMSNorm."""
 
 
 @triton.jit
@@ -204,14 +204,11 @@ def norm_beside_residual(
 
 
 def add_and_norm(
-    residual: Tensor,
-    branch: Tensor,
-    branch_bias: Tensor | None,
-    norm: Parameters,
-    eps: float,
+    residual: Tensor, branch: Branch, norm: Parameters, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.residual.add_and_norm`."""
-    return _Norm.apply(residual, branch, (1, range(1)), eps, True, branch_bias, *norm)
+    x, branch_bias = branch
+    return _Norm.apply(residual, x, (1, range(1)), eps, True, branch_bias, *norm)
 
 
 class _Norm(torch.autograd.Function):
