@@ -20,6 +20,7 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.kernels.cross_entropy import logits_gradient_, row_statistics_
 from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_stages
+from megatron_ponder.kernels.residual import add_and_norm, add_branches, norm_beside_residual
 from megatron_ponder.kernels.rms_norm import rms_norm
 from megatron_ponder.kernels.rotary import rotary_table, split_and_rotate
 from megatron_ponder.kernels.stage_norm import norm_stages
@@ -109,7 +110,7 @@ class KernelCase:
 def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[KernelCase]:
     """All cases, with random inputs."""
     make = _Inputs(dtype, device)
-    builders = (_slots, _norms, _rotary, _activation, _loss, _weight_gradient)
+    builders = (_slots, _norms, _residual, _rotary, _activation, _loss, _weight_gradient)
     return [case for build in builders for case in build(sizes, make)]
 
 
@@ -186,17 +187,11 @@ def _norms(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
     hidden = make.floats(sizes.slots, sizes.batch, sizes.hidden)
     weight = make.floats(sizes.hidden)
 
-    def eager(x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)).to(
-            x.dtype
-        ) * weight
-
     return [
         KernelCase(
             name="RMSNorm",
             kernel=lambda x, weight: rms_norm(x, weight, EPSILON),
-            eager=eager,
+            eager=_eager_rms_norm,
             inputs={"x": hidden, "weight": weight},
             leaves=("x", "weight"),
             forward_values=2 * n * values,
@@ -208,12 +203,78 @@ def _norms(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
             kernel=lambda x, weight: norm_stages(
                 x, n, range(n - 1, n), weight, None, EPSILON, is_layer_norm=False
             ),
-            eager=lambda x, weight: eager(x[n - 1 :: n], weight),
+            eager=lambda x, weight: _eager_rms_norm(x[n - 1 :: n], weight),
             inputs={"x": hidden, "weight": weight},
             leaves=("x", "weight"),
             forward_values=2 * values,
             backward_values=(2 + n) * values,
             defined_in=norm_stages,
+        ),
+    ]
+
+
+def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)).to(x.dtype) * weight
+
+
+def _residual(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+    """Adds to the residual stream and norms of it: of Llama's layer, and of GPT-NeoX's."""
+    shape, h = (sizes.slots, sizes.batch, sizes.hidden), sizes.hidden
+    values = math.prod(shape)
+    stream, branch = make.floats(*shape), make.floats(*shape)
+    weights = {"weight": make.floats(h), "bias": make.floats(h)}
+    second = {"weight_2": make.floats(h), "bias_2": make.floats(h)}
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias, EPSILON)
+
+    return [
+        KernelCase(
+            name="add and RMSNorm",
+            kernel=lambda x, y, w: add_and_norm(x, (y, None), (w, None), eps=EPSILON),
+            eager=lambda x, y, w: (x + y, _eager_rms_norm(x + y, w)),
+            inputs={"x": stream, "branch": branch, "weight": weights["weight"]},
+            leaves=("x", "branch", "weight"),
+            forward_values=4 * values,
+            backward_values=4 * values,
+            defined_in=add_and_norm,
+        ),
+        KernelCase(
+            name="RMSNorm beside the residual",
+            kernel=lambda x, w: norm_beside_residual(x, (w, None), eps=EPSILON),
+            eager=lambda x, w: (x * 1, _eager_rms_norm(x, w)),
+            inputs={"x": stream, "weight": weights["weight"]},
+            leaves=("x", "weight"),
+            forward_values=2 * values,
+            backward_values=4 * values,
+            defined_in=norm_beside_residual,
+        ),
+        KernelCase(
+            name="two LayerNorms beside the residual",
+            kernel=lambda x, w, c, w2, c2: norm_beside_residual(x, (w, c), (w2, c2), eps=EPSILON),
+            eager=lambda x, w, c, w2, c2: (x * 1, layer_norm(x, w, c), layer_norm(x, w2, c2)),
+            inputs={"x": stream} | weights | second,
+            leaves=("x", *weights, *second),
+            forward_values=3 * values,
+            backward_values=5 * values,
+            defined_in=norm_beside_residual,
+        ),
+        KernelCase(
+            name="add two branches with biases",
+            kernel=lambda x, y, c, z, d: add_branches(x, (y, c), (z, d)),
+            eager=lambda x, y, c, z, d: x + (y + c) + (z + d),
+            inputs={
+                "x": stream,
+                "branch": branch,
+                "bias": weights["bias"],
+                "branch_2": make.floats(*shape),
+                "bias_2": second["bias_2"],
+            },
+            leaves=("x", "branch", "bias", "branch_2", "bias_2"),
+            forward_values=4 * values,
+            backward_values=values,
+            defined_in=add_branches,
         ),
     ]
 

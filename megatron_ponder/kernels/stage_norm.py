@@ -50,11 +50,9 @@ def norm_stages(
         [s * m, b, h].
     """
     if uses_triton() and len(stages) < num_stages:
-        from megatron_ponder.kernels.triton import stage_norm
+        from megatron_ponder.kernels.triton import norm
 
-        return stage_norm.norm_stages(
-            hidden, num_stages, stages, weight, bias, eps, is_layer_norm=is_layer_norm
-        )
+        return norm.norm_stages(hidden, num_stages, stages, weight, bias, eps)
     kept = select_stages(hidden, num_stages, stages)
     if is_layer_norm:
         return F.layer_norm(kept, weight.shape, weight, bias, eps)

@@ -1,42 +1,47 @@
-"""RMSNorm and LayerNorm for megatron-core layers.
+"""RMSNorm and LayerNorm for megatron-core layers, alone or joined with what is around them.
 
 megatron-core's torch norm refuses sequence parallelism. Under it each rank norms its own slots, so
 a norm's gradient is a partial sum, and its parameters must say so: megatron-core adds up the
 gradients of parameters that carry `sequence_parallel = True` over the tensor-parallel ranks.
+
+A kernel that does more than to norm takes parameters, not modules. They are still handed out by a
+call of the module: megatron-core waits in a hook of calls for parameters that it gathers.
 """
+
+import functools
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ponder.kernels import residual as kernels
 from megatron_ponder.kernels.rms_norm import rms_norm
 from megatron_ponder.kernels.stage_norm import norm_stages
+from megatron_ponder.model.recomputation import note_how
 from megatron_ponder.model.stages import keep_stages, stages_of
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's module on this package's kernels."""
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[..., h] -> [..., h], or of [s * stages, b, h] the stages that are kept."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor | None = None
+    ) -> Tensor | kernels.Parameters:
+        """[..., h] -> [..., h]; without a tensor the parameters, weight and no bias."""
+        if x is None:
+            return self.weight, None
         assert self.eps is not None
-        if kept is None:
-            return rms_norm(x, self.weight, self.eps)
-        num_stages, stages = stages_of(kept)
-        return norm_stages(x, num_stages, stages, self.weight, None, self.eps, is_layer_norm=False)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(torch.nn.LayerNorm):
     """The same for torch's LayerNorm."""
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """As RMSNorm's."""
-        if kept is None:
-            return super().forward(x)
-        num_stages, stages = stages_of(kept)
-        return norm_stages(
-            x, num_stages, stages, self.weight, self.bias, self.eps, is_layer_norm=True
-        )
+    def forward(  # type: ignore[override]
+        self, x: Tensor | None = None
+    ) -> Tensor | kernels.Parameters:
+        """As RMSNorm's, with a bias."""
+        return (self.weight, self.bias) if x is None else super().forward(x)
 
 
 def norm_kept(norm: torch.nn.Module, hidden: Tensor, kept: Tensor | None) -> Tensor:
@@ -44,9 +49,48 @@ def norm_kept(norm: torch.nn.Module, hidden: Tensor, kept: Tensor | None) -> Ten
 
     Fused for our norms. TransformerEngine's layers have theirs inside and the identity here.
     """
-    if isinstance(norm, RMSNorm | LayerNorm):
-        return norm(hidden, kept)
-    return norm(keep_stages(hidden, kept))
+    if kept is None or not isinstance(norm, RMSNorm | LayerNorm):
+        return norm(keep_stages(hidden, kept))
+    weight, bias = norm()
+    is_layer_norm = isinstance(norm, LayerNorm)
+    return norm_stages(
+        hidden, *stages_of(kept), weight, bias, _eps(norm), is_layer_norm=is_layer_norm
+    )
+
+
+def norm_beside_residual(hidden: Tensor, *norms: torch.nn.Module) -> tuple[Tensor, ...]:
+    """The stream for the residual path, and its norms, fused for ours: all [s, b, h]."""
+    if not all(isinstance(norm, RMSNorm | LayerNorm) for norm in norms):
+        return hidden, *(norm(hidden) for norm in norms)
+    parameters, eps = [norm() for norm in norms], _eps(norms[0])
+    residual, *normed = kernels.norm_beside_residual(hidden, *parameters, eps=eps)
+    for output, of_norm in zip(normed, parameters, strict=True):
+        note_how(output, functools.partial(_normed, of_norm, eps), residual)
+    return residual, *normed
+
+
+def add_and_norm(
+    residual: Tensor, branch: kernels.Branch, norm: torch.nn.Module
+) -> tuple[Tensor, Tensor]:
+    """The stream behind a branch, and its norm, fused for ours: both [s, b, h]."""
+    if not isinstance(norm, RMSNorm | LayerNorm):
+        total = kernels.add_branches(residual, branch)
+        return total, norm(total)
+    parameters, eps = norm(), _eps(norm)
+    total, normed = kernels.add_and_norm(residual, branch, parameters, eps=eps)
+    note_how(normed, functools.partial(_normed, parameters, eps), total)
+    return total, normed
+
+
+def _normed(parameters: kernels.Parameters, eps: float, x: Tensor) -> Tensor:
+    """The norm alone, as both kernels compute it."""
+    return kernels.norm_beside_residual(x, parameters, eps=eps)[1]
+
+
+def _eps(norm: torch.nn.Module) -> float:
+    eps = norm.eps
+    assert isinstance(eps, float)
+    return eps
 
 
 class Norm:

@@ -7,7 +7,8 @@ outputs of norms, of the MLP's activation, and attention's output in the project
 makes them again when a backward asks for them; which is exact to the bit, and needs no second
 forward of the layer. `planning.activations` counts what is left.
 
-A layer opens `remembering_how`; inside, whoever makes such a tensor calls `made_again`. Left out:
+A layer opens `remembering_how`; inside, whoever makes such a tensor calls `made_again`, or
+`note_how` where the tensor comes out of a kernel that makes others too. Left out:
 layers of TransformerEngine, which keep their inputs by themselves.
 """
 
@@ -91,7 +92,12 @@ def made_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         inputs: its arguments.
     """
     output = function(*inputs)
+    note_how(output, function, *inputs)
+    return output
+
+
+def note_how(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Take `output` for the same bits as function(*inputs); see `made_again`."""
     if _notes is not None:
         kept = [tensor.detach() for tensor in inputs]
         _notes.add(output, lambda: function(*kept))
-    return output

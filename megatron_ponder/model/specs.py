@@ -15,11 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_ponder.config.schema import ModelConfig, RunConfig
 from megatron_ponder.model.attention import RotarySelfAttention, SdpaCoreAttention
 from megatron_ponder.model.flash_attention import FlashCoreAttention
-from megatron_ponder.model.layer import (
-    ParallelResidualLayer,
-    SequentialResidualLayer,
-    get_bias_dropout_add,
-)
+from megatron_ponder.model.layer import ParallelResidualLayer, SequentialResidualLayer
 from megatron_ponder.model.mlp import GeluMLP, SwigluMLP, TanhGeluMLP
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.runtime.backends import Backends
@@ -28,7 +24,7 @@ MLPS: dict[str, type[MLP]] = {"swiglu": SwigluMLP, "gelu": GeluMLP, "gelu_tanh":
 
 
 def layer_spec(config: RunConfig, backends: Backends) -> ModuleSpec:
-    """megatron-core's layer with our attention, MLP and residual add.
+    """megatron-core's layer with our attention and MLP, in our layer.
 
     Starts from megatron-core's own specs, so that what it changes between versions (how `mlp` is
     described, for one) stays its own business. Linear layers are megatron-core's on torch, or
@@ -50,9 +46,7 @@ def layer_spec(config: RunConfig, backends: Backends) -> ModuleSpec:
                     attention.submodules, core_attention=_core_attention(backends), **head_norms
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             mlp=_on_our_kernels(submodules.mlp, MLPS[model.activation]),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 

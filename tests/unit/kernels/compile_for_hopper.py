@@ -18,15 +18,16 @@ from megatron_ponder.kernels.triton import (
     cross_entropy,
     gelu,
     interleave,
+    norm,
+    residual,
     rotary,
-    stage_norm,
     swiglu,
 )
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INT64 = {"labels", "ids", "order"}
 FP32 = {
-    *("log_sums", "gradients", "table", "means", "inverses", "pieces", "d_weights", "d_biases"),
+    *("log_sums", "gradients", "table", "means", "inverses", "pieces", "d_parameters", "d_biases"),
 }
 SCALARS = set(
     "num_rows row_stride num_columns num_padded_columns batch stages first num_kept hidden width "
@@ -39,6 +40,28 @@ GELU = [
     {"BLOCK": 1024, "HAS_BIAS": has_bias, "IS_TANH": is_tanh}
     for has_bias, is_tanh in itertools.product((True, False), repeat=2)
 ]
+NORM_FORWARD = [
+    {"HAS_BRANCH": branch, "HAS_BRANCH_BIAS": bias, "HAS_SECOND": second}
+    | {"BLOCK": 512, "ROWS": 2, "IS_LAYER_NORM": is_layer_norm}
+    for is_layer_norm in (True, False)
+    for branch, bias, second in (
+        (False, False, False),
+        (False, False, True),
+        (True, False, False),
+        (True, True, False),
+    )
+]
+NORM_BACKWARD = [
+    {"HAS_RESIDUAL": residual, "HAS_BRANCH_BIAS": bias, "HAS_SECOND": second}
+    | {"BLOCK": 2048, "ROWS": 1, "IS_LAYER_NORM": is_layer_norm}
+    for is_layer_norm in (True, False)
+    for residual, bias, second in (
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+    )
+]
 KERNELS = {
     cross_entropy._statistics: [{"BLOCK": 4096}],
     cross_entropy._gradient: [{"BLOCK": 4096}],
@@ -48,8 +71,12 @@ KERNELS = {
     interleave._unselect: [{"BLOCK": 1024}],
     interleave._sum_pieces: [{"BLOCK": 1024}],
     interleave._sum_runs: [{"BLOCK": 1024}],
-    stage_norm._forward: [{"BLOCK": 1024, "IS_LAYER_NORM": on} for on in (True, False)],
-    stage_norm._backward: [{"BLOCK": 2048, "IS_LAYER_NORM": on} for on in (True, False)],
+    norm._forward: NORM_FORWARD,
+    norm._backward: NORM_BACKWARD,
+    residual._add: [
+        {"BLOCK": 1024, "HAS_BIAS": on, "HAS_SECOND": on, "HAS_SECOND_BIAS": on}
+        for on in (True, False)
+    ],
     swiglu._forward: [{"BLOCK": 1024}],
     swiglu._backward: [{"BLOCK": 1024}],
     gelu._forward: GELU,
@@ -57,7 +84,7 @@ KERNELS = {
     rotary._rotate: [{"BLOCK": 32}],
     rotary._join_and_rotate_back: [{"BLOCK": 64}],
 }
-TENSORS_DESPITE_THEIR_NAME = {"stage_norm": {"hidden"}}
+TENSORS_DESPITE_THEIR_NAME = {"norm": {"hidden"}}
 FP32_IN = {"cross_entropy": {"out"}}
 ONES = ("batch", "stages", "num_kept", "num_groups", "half", "table_batch")
 

@@ -1,0 +1,332 @@
+"""RMSNorm and LayerNorm with what lies around them; see `kernels.stage_norm`, `kernels.residual`.
+
+A program has ROWS rows at once, more than one of narrow ones. One of the backward goes over
+rows_each rows of the whole sequence: it writes zeros to those that are not read, dx to the others,
+and keeps its part of the parameters' gradients, which torch adds up: a sum in fixed order, the same
+in every run.
+
+One pair of kernels for three uses, which differ in what is read and written beside the norm:
+
+    some stages         rows that are not read are skipped, and have a gradient of 0
+    residual            the gradient of the row itself, beside its norm's, is added to dx; there may
+                        be a second norm of the same row, which shares its statistics
+    add and norm        the row is hidden + branch (+ bias), is written too, and rounded before it
+                        is normed, as the backward reads it
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ponder.kernels.residual import Branch, Parameters
+
+MAX_WARPS = 4096
+"""Of the backward, what a Hopper GPU (132 multiprocessors) has registers for at once, at 64 per
+thread. With a second norm or a branch's bias a thread takes up to 101, and there are half as many.
+More would only write more parts of the parameters' gradients."""
+
+
+@triton.jit
+def _forward(
+    hidden,
+    branch,
+    branch_bias,
+    weight,
+    bias,
+    weight_2,
+    bias_2,
+    total,
+    out,
+    out_2,
+    means,
+    inverses,
+    num_rows,
+    batch,
+    stages,
+    first,
+    num_kept,
+    width,
+    eps,
+    HAS_BRANCH: tl.constexpr,
+    HAS_BRANCH_BIAS: tl.constexpr,
+    IS_LAYER_NORM: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK)[None, :]
+    exists, inside = row < num_rows, channels < width
+    of_row = exists[:, None] & inside
+    slot, in_batch = row // batch, row % batch
+    source = (slot // num_kept * stages + first + slot % num_kept) * batch + in_batch
+    at = row[:, None] * width + channels
+    from_hidden = hidden + source[:, None] * width + channels
+    x = tl.load(from_hidden, mask=of_row, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        x += tl.load(branch + at, mask=of_row, other=0.0).to(tl.float32)
+        if HAS_BRANCH_BIAS:
+            x += tl.load(branch_bias + channels, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=of_row)
+        x = rounded.to(tl.float32)
+    if IS_LAYER_NORM:
+        mean = tl.sum(x, axis=1) / width
+        x = tl.where(of_row, x - mean[:, None], 0.0)
+        tl.store(means + row, mean, mask=exists)
+    inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+    tl.store(inverses + row, inverse, mask=exists)
+    u = x * inverse[:, None]
+    y = u * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
+    if IS_LAYER_NORM:
+        y += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=of_row)
+    if HAS_SECOND:
+        y = u * tl.load(weight_2 + channels, mask=inside, other=0.0).to(tl.float32)
+        if IS_LAYER_NORM:
+            y += tl.load(bias_2 + channels, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_2 + at, y.to(out_2.dtype.element_ty), mask=of_row)
+
+
+@triton.jit
+def _backward(
+    hidden,
+    weight,
+    weight_2,
+    gradient,
+    gradient_2,
+    d_residual,
+    d_hidden,
+    d_parameters,
+    means,
+    inverses,
+    num_rows,
+    rows_each,
+    batch,
+    stages,
+    first,
+    num_kept,
+    width,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_BRANCH_BIAS: tl.constexpr,
+    IS_LAYER_NORM: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK)[None, :]
+    inside = channels < width
+    w = tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SECOND:
+        w_2 = tl.load(weight_2 + channels, mask=inside, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_weight_2 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_bias_2 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    d_branch_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, rows_each, ROWS):
+        row = program * rows_each + start + tl.arange(0, ROWS)
+        exists = (row < num_rows) & (row < (program + 1) * rows_each)
+        slot, in_batch = row // batch, row % batch
+        stage = slot % stages - first
+        is_read = exists & (stage >= 0) & (stage < num_kept)
+        kept = (slot // stages * num_kept + stage) * batch + in_batch
+        of_row = is_read[:, None] & inside
+        of_whole, in_whole = row[:, None] * width + channels, exists[:, None] & inside
+        at = kept[:, None] * width + channels
+        x = tl.load(hidden + of_whole, mask=of_row, other=0.0).to(tl.float32)
+        inverse = tl.load(inverses + kept, mask=is_read, other=0.0)[:, None]
+        if IS_LAYER_NORM:
+            x = x - tl.load(means + kept, mask=is_read, other=0.0)[:, None]
+        u = tl.where(of_row, x * inverse, 0.0)
+        dy = tl.load(gradient + at, mask=of_row, other=0.0).to(tl.float32)
+        g = dy * w
+        d_weight += dy * u
+        if IS_LAYER_NORM:
+            d_bias += dy
+        if HAS_SECOND:
+            dy = tl.load(gradient_2 + at, mask=of_row, other=0.0).to(tl.float32)
+            g += dy * w_2
+            d_weight_2 += dy * u
+            if IS_LAYER_NORM:
+                d_bias_2 += dy
+        dx = g - u * (tl.sum(g * u, axis=1) / width)[:, None]
+        if IS_LAYER_NORM:
+            dx = dx - (tl.sum(g, axis=1) / width)[:, None]
+        dx = tl.where(of_row, dx * inverse, 0.0)
+        if HAS_RESIDUAL:
+            dx += tl.load(d_residual + at, mask=of_row, other=0.0).to(tl.float32)
+        if HAS_BRANCH_BIAS:
+            d_branch_bias += dx
+        tl.store(d_hidden + of_whole, dx.to(d_hidden.dtype.element_ty), mask=in_whole)
+    # [those that there are, programs, width], in the order of `_Norm`'s parameters
+    columns = tl.arange(0, BLOCK)
+    part = d_parameters + program * width + columns
+    step = tl.num_programs(0).to(tl.int64) * width
+    if HAS_BRANCH_BIAS:
+        tl.store(part, tl.sum(d_branch_bias, axis=0), mask=columns < width)
+        part += step
+    tl.store(part, tl.sum(d_weight, axis=0), mask=columns < width)
+    if IS_LAYER_NORM:
+        part += step
+        tl.store(part, tl.sum(d_bias, axis=0), mask=columns < width)
+    if HAS_SECOND:
+        part += step
+        tl.store(part, tl.sum(d_weight_2, axis=0), mask=columns < width)
+        if IS_LAYER_NORM:
+            part += step
+            tl.store(part, tl.sum(d_bias_2, axis=0), mask=columns < width)
+
+
+def norm_stages(
+    hidden: Tensor,
+    num_stages: int,
+    stages: range,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As `kernels.stage_norm.norm_stages`."""
+    return _Norm.apply(hidden, None, (num_stages, stages), eps, False, None, weight, bias)
+
+
+def norm_beside_residual(
+    hidden: Tensor, norms: Sequence[Parameters], eps: float
+) -> tuple[Tensor, ...]:
+    """As `kernels.residual.norm_beside_residual`."""
+    parameters = [tensor for norm in norms for tensor in norm]
+    return _Norm.apply(hidden, None, (1, range(1)), eps, True, None, *parameters)
+
+
+def add_and_norm(
+    residual: Tensor, branch: Branch, norm: Parameters, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.residual.add_and_norm`."""
+    x, branch_bias = branch
+    return _Norm.apply(residual, x, (1, range(1)), eps, True, branch_bias, *norm)
+
+
+class _Norm(torch.autograd.Function):
+    """The norms of hidden, or of its sum with a branch; before them that itself if it is asked for.
+
+    Parameters are the branch's bias, then weight and bias of one norm or of two.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        branch: Tensor | None,
+        read: tuple[int, range],
+        eps: float,
+        wants_residual: bool,
+        *parameters: Tensor | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        hidden = hidden.contiguous()
+        branch = None if branch is None else branch.contiguous()
+        branch_bias, weight, bias, weight_2, bias_2 = (*parameters, None, None)[:5]
+        assert weight is not None
+        num_stages, stages = read
+        num_slots, batch, width = hidden.shape
+        num_kept = num_slots // num_stages * len(stages)
+        outs = [hidden.new_empty(num_kept, batch, width) for _ in parameters[1::2]]
+        total = hidden if branch is None else torch.empty_like(branch)
+        inverses = hidden.new_empty(num_kept * batch, dtype=torch.float32)
+        means = torch.empty_like(inverses) if bias is not None else inverses
+        ctx.flags = {
+            "HAS_BRANCH_BIAS": branch_bias is not None,
+            "IS_LAYER_NORM": bias is not None,
+            "HAS_SECOND": weight_2 is not None,
+            **_block(width),
+        }
+        # What a kernel does not use, something takes the place of.
+        _forward[(triton.cdiv(num_kept * batch, ctx.flags["ROWS"]),)](
+            hidden,
+            _or(branch, hidden),
+            _or(branch_bias, weight),
+            weight,
+            _or(bias, weight),
+            _or(weight_2, weight),
+            _or(bias_2, weight),
+            total,
+            outs[0],
+            outs[-1],
+            means,
+            inverses,
+            num_kept * batch,
+            batch,
+            num_stages,
+            stages.start,
+            len(stages),
+            width,
+            eps,
+            HAS_BRANCH=branch is not None,
+            **ctx.flags,
+        )
+        ctx.save_for_backward(total, means, inverses, *parameters)
+        ctx.read, ctx.wants_residual, ctx.has_branch = read, wants_residual, branch is not None
+        if not wants_residual:
+            return outs[0]
+        return total.view_as(total) if branch is None else total, *outs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, means, inverses, *parameters = ctx.saved_tensors
+        gradients = [gradient.contiguous() for gradient in grad_outputs]
+        d_normed = gradients[ctx.wants_residual :]
+        num_stages, stages = ctx.read
+        num_slots, batch, width = hidden.shape
+        num_rows = num_slots * batch
+        rows_each = triton.cdiv(num_rows, _max_programs(**ctx.flags))
+        rows_each = max(rows_each, min(num_rows, ctx.flags["ROWS"]))
+        num_programs = triton.cdiv(num_rows, rows_each)
+        d_hidden = torch.empty_like(hidden)
+        given = [parameter for parameter in parameters if parameter is not None]
+        parts = hidden.new_empty((len(given), num_programs, width), dtype=torch.float32)
+        weight = parameters[1]
+        _backward[(num_programs,)](
+            hidden,
+            weight,
+            parameters[-2],
+            d_normed[0],
+            d_normed[-1],
+            gradients[0],
+            d_hidden,
+            parts,
+            means,
+            inverses,
+            num_rows,
+            rows_each,
+            batch,
+            num_stages,
+            stages.start,
+            len(stages),
+            width,
+            HAS_RESIDUAL=ctx.wants_residual,
+            **ctx.flags,
+        )
+        sums = iter(parts.sum(dim=1).to(weight.dtype))
+        d_parameters = [None if parameter is None else next(sums) for parameter in parameters]
+        return d_hidden, d_hidden if ctx.has_branch else None, None, None, None, *d_parameters
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    return stand_in if tensor is None else tensor
+
+
+def _block(width: int) -> dict[str, int]:
+    """At least 1024 numbers at once, in one row or several, and 8 of them per thread."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 1024 // block)
+    return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(4, block // 256))}
+
+
+def _max_programs(
+    *, num_warps: int, HAS_SECOND: bool, HAS_BRANCH_BIAS: bool, **flags: object
+) -> int:
+    return MAX_WARPS // (2 if HAS_SECOND or HAS_BRANCH_BIAS else 1) // num_warps
