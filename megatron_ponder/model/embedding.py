@@ -29,9 +29,10 @@ def append_extra_tokens(tokens: Tensor, extra_ids: tuple[int, ...]) -> Tensor:
     """Put the same ids behind every token: [b, s] -> [b, s * (1 + extra ids)]."""
     if not extra_ids:
         return tokens
-    extra = tokens.new_tensor(extra_ids).expand(*tokens.shape, -1)
+    # Filled on the device: a tensor made of numbers would be copied there, and the copy waited for.
+    extra = [torch.full_like(tokens, extra_id) for extra_id in extra_ids]
     # [b, s, 1 + extra ids] -> [b, s * (1 + extra ids)]
-    return torch.cat((tokens.unsqueeze(2), extra), dim=2).flatten(1)
+    return torch.stack((tokens, *extra), dim=2).flatten(1)
 
 
 class PonderEmbedding(MegatronModule):
