@@ -26,7 +26,10 @@ FROM nvcr.io/nvidia/pytorch:26.06-py3 AS gpu
 WORKDIR /workspace/megatron_ponder
 COPY . .
 # The base image pins its packages through PIP_CONSTRAINT; torch, TransformerEngine and apex are
-# there and stay as they are.
-RUN PIP_CONSTRAINT= pip install --no-cache-dir --editable '.[dev]' \
+# there and have to stay as they are: built for each other and for the image's CUDA and cuDNN.
+RUN versions='import torch, triton; print(torch.__version__, triton.__version__)' \
+    && before=$(python -c "$versions") \
+    && PIP_CONSTRAINT= pip install --no-cache-dir --editable '.[dev]' \
+    && test "$before" = "$(python -c "$versions")" \
     && python -c "import torch, megatron.core, megatron_ponder"
 CMD ["python", "-m", "megatron_ponder.pretrain", "--help"]

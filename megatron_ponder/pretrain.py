@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)
+        _set_environment(config)
         log.configure()
         from megatron_ponder.train.run import run
 
@@ -53,6 +54,16 @@ def _parse(argv: Sequence[str]) -> RunConfig:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         return parse_args(argv, prog="python -m megatron_ponder.pretrain")
+
+
+def _set_environment(config: RunConfig) -> None:
+    """What CUDA reads once, when it starts; a variable that is set stays as it is.
+
+    megatron-core's tensor-parallel layers start a communication and then the product that is to
+    hide it, and rely on their order on the device, which one queue keeps.
+    """
+    if config.parallel.tensor_model_parallel_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _tell_torchrun(error: PonderError) -> None:

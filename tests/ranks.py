@@ -3,8 +3,13 @@
 Ranks are forked from a server process that has imported torch and megatron-core once, so that a
 layout starts in a second instead of ten. They meet through a file store. A rank that fails, dies or
 hangs fails the test with every rank's traceback (a hang: with every rank's stack).
+
+Where there is CUDA ranks are spawned instead, because a fork of a process that has so much as
+asked whether there is a device cannot use it; and where there are more ranks than devices, they see
+none and run on the CPU.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -13,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,9 @@ import torch
 
 DEFAULT_TIMEOUT_S = 300
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks_preload"])
+_fork = multiprocessing.get_context("forkserver")
+_fork.set_forkserver_preload(["tests.ranks_preload"])
+_spawn = multiprocessing.get_context("spawn")
 
 
 class RanksFailed(AssertionError):
@@ -48,12 +54,14 @@ def run_ranks(
         RanksFailed: a rank raised, died or did not finish in time.
     """
     with tempfile.TemporaryDirectory() as folder:
+        context: Any = _spawn if torch.cuda.is_available() else _fork
         ranks = [
-            _context.Process(target=_rank_main, args=(function, args, rank, world_size, folder))
+            context.Process(target=_rank_main, args=(function, args, rank, world_size, folder))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
+        with _devices_for(world_size):
+            for process in ranks:
+                process.start()
         deadline = time.monotonic() + timeout_s
         hung = False
         while any(process.is_alive() for process in ranks):
@@ -66,9 +74,24 @@ def run_ranks(
         if any(process.exitcode != 0 for process in ranks):
             raise RanksFailed(_report(ranks, Path(folder), hung, timeout_s))
         return [
-            torch.load(Path(folder, f"result{rank}.pt"), weights_only=False)
+            torch.load(Path(folder, f"result{rank}.pt"), map_location="cpu", weights_only=False)
             for rank in range(world_size)
         ]
+
+
+@contextlib.contextmanager
+def _devices_for(world_size: int) -> Iterator[None]:
+    """What is started inside sees the CUDA devices if there is one for each rank, else none."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    before = dict(os.environ)
+    if world_size > torch.cuda.device_count():
+        os.environ.update(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            os.environ.pop(name, None)
+            os.environ.update({name: before[name]} if name in before else {})
 
 
 def _rank_main(

@@ -98,10 +98,13 @@ def _work(rank: int, size: int, store_path: str, connection: Connection) -> None
     import torch
     import torch.distributed as dist
 
+    from megatron_ponder.runtime.device import device
     from megatron_ponder.runtime.distributed import shutdown
 
     is_cuda = torch.cuda.is_available()
-    if not is_cuda:
+    if is_cuda:
+        torch.cuda.set_device(device())
+    else:
         torch.set_num_threads(1)
     store = dist.FileStore(store_path, size)
     dist.init_process_group("nccl" if is_cuda else "gloo", store=store, rank=rank, world_size=size)

@@ -27,7 +27,7 @@ def rounded_scale(scale: float | None, dtype: torch.dtype) -> float | None:
 
 def append_extra_tokens(tokens: Tensor, extra_ids: tuple[int, ...]) -> Tensor:
     """Put the same ids behind every token: [b, s] -> [b, s * (1 + extra ids)]."""
-    # Ids that came as a list would be copied from pageable memory, which waits for the device.
+    # Filled on the device: a tensor made of numbers would be copied there, and the copy waited for.
     extra = [torch.full_like(tokens, extra_id) for extra_id in extra_ids]
     # [b, s, 1 + extra ids] -> [b, s * (1 + extra ids)]
     return torch.stack((tokens, *extra), dim=2).flatten(1)

@@ -5,12 +5,42 @@ import os
 import torch
 from torch import Tensor
 
+from megatron_ponder.errors import BackendError
+
 
 def device() -> torch.device:
-    """This rank's CUDA device where CUDA is present, else the CPU."""
+    """This rank's CUDA device where CUDA is present, else the CPU.
+
+    The device is numbered as this process sees them: where a launcher shows each process its own
+    device only, that is number 0, whatever the local rank.
+
+    Raises:
+        BackendError: there are several devices, and none for this process.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", _device_index(torch.cuda.device_count()))
     return torch.device("cpu")
+
+
+def _device_index(num_devices: int) -> int:
+    """Which of the devices that this process sees is its own."""
+    if num_devices == 1:
+        return 0
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BackendError(
+            f"WORLD_SIZE is set and LOCAL_RANK is not, so that all processes of this host would "
+            f"take the same of its {num_devices} CUDA devices. Start them with torchrun, or set "
+            "LOCAL_RANK to each process's number on its host (Slurm: SLURM_LOCALID)."
+        )
+    index = int(local_rank or 0)
+    if index >= num_devices:
+        raise BackendError(
+            f"LOCAL_RANK is {index}, but this process sees {num_devices} CUDA devices only, and "
+            f"every rank needs one of its own. Start at most {num_devices} processes on this host "
+            "(--nproc-per-node), or show it more devices (CUDA_VISIBLE_DEVICES)."
+        )
+    return index
 
 
 class HostCopy:

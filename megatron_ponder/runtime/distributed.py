@@ -42,14 +42,17 @@ def initialize(config: ParallelConfig, seed: int) -> None:
             differ, and the same one where they must agree.
 
     Raises:
-        BackendError: nccl without CUDA.
+        BackendError: nccl without CUDA, or no device for this rank.
     """
     mcore_cpu.apply()
     backend = _choose_backend(config.distributed_backend)
-    if backend == "nccl":
+    # Before anything is put on a device: megatron-core and Triton take the current one. Process
+    # groups take it too; given to init_process_group as `device_id`, every rank would have to help
+    # make every group, those that it is not in included.
+    if device().type == "cuda":
         torch.cuda.set_device(device())
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
@@ -61,7 +64,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
-    _start_backward_pipeline_group()
+    _start_backward_pipeline_group(timeout)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
 
 
@@ -73,7 +76,7 @@ def leave_layout() -> None:
         parallel_state.destroy_model_parallel()
 
 
-def _start_backward_pipeline_group() -> None:
+def _start_backward_pipeline_group(timeout: datetime.timedelta) -> None:
     """A second group over the ranks of each pipeline, for gradients.
 
     With two stages the previous and the next rank are one, and what it sends forward and backward
@@ -87,7 +90,7 @@ def _start_backward_pipeline_group() -> None:
     of_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)
     for pipeline in sorted(set(map(tuple, of_ranks))):
-        group = dist.new_group(list(pipeline))
+        group = dist.new_group(list(pipeline), timeout=timeout)
         if list(pipeline) == mine:
             _backward_pipeline_group = group
     # nccl connects all ranks of a group in its first operation; later ones involve only some.

@@ -1,6 +1,7 @@
 """The rank runner reports failures and hangs with what every rank was doing."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -32,6 +33,20 @@ def die_on_rank_one():
     if dist.get_rank() == 1:
         os._exit(7)
     dist.barrier()
+
+
+def what_rank_sees():
+    return os.environ["CUDA_VISIBLE_DEVICES"], "tests.ranks_preload" in sys.modules
+
+
+def test_more_ranks_than_devices_are_spawned_and_see_none(monkeypatch):
+    """A fork of a process that has asked for CUDA devices cannot use them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert run_ranks(what_rank_sees, 2) == [("", False)] * 2
+    assert run_ranks(what_rank_sees, 1) == [("5", False)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 def test_results_by_rank():

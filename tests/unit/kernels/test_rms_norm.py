@@ -11,8 +11,10 @@ EPS = 1e-5
 
 @pytest.mark.parametrize("shape", [(3, 2, 8), (5, 1), (1, 1, 7), (4, 0, 8)])
 def test_equals_torch(shape: tuple[int, ...]) -> None:
-    x, weight = torch.randn(shape), torch.randn(shape[-1])
-    gradient = torch.randn(shape)
+    generator = torch.Generator().manual_seed(0)  # a row of one small number cancels, in both
+    x, weight, gradient = (
+        torch.randn(size, generator=generator) for size in (shape, shape[-1:], shape)
+    )
     results = []
     for function in (
         lambda a, b: rms_norm(a, b, EPS),
