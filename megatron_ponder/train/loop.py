@@ -91,19 +91,19 @@ def train(
                 _save(config, trainee, progress)
                 saved_at = progress.iteration
             since_s = time.monotonic()
-        is_stopped = step.is_stop_requested or _is_due(progress.iteration, training.exit_interval)
-    if not is_stopped:
-        if evaluated_at != progress.iteration:
-            _validate(config, trainee, data, reporter)
-        if data.test is not None:
-            reporter.report_evaluation("test", evaluate(config, trainee, data.test()))
+        if step.is_stop_requested or _is_due(progress.iteration, training.exit_interval):
+            if saved_at != progress.iteration:
+                _save(config, trainee, progress)
+            reason = stop.reason() if step.is_stop_requested else "--exit-interval"
+            logger.info("stopped after iteration %d: %s", progress.iteration, reason)
+            return
+    if evaluated_at != progress.iteration:
+        _validate(config, trainee, data, reporter)
+    if data.test is not None:
+        reporter.report_evaluation("test", evaluate(config, trainee, data.test()))
     if saved_at != progress.iteration:
         _save(config, trainee, progress)
-    if is_stopped:
-        reason = stop.reason() if step.is_stop_requested else "--exit-interval"
-        logger.info("stopped after iteration %d: %s", progress.iteration, reason)
-    else:
-        logger.info("training is done: %d iterations", progress.iteration)
+    logger.info("training is done: %d iterations", progress.iteration)
 
 
 def _run_steps(
@@ -135,8 +135,8 @@ def _run_steps(
         is_last = num_done == config.training.train_iters or _is_due(
             num_done, config.training.exit_interval
         )
-        while (
-            len(started) > MAX_STEPS_AHEAD or started and (is_last or _is_awaited(config, num_done))
+        while started and (
+            len(started) > MAX_STEPS_AHEAD or is_last or _is_awaited(config, num_done)
         ):
             step = started.popleft().read()
             is_last = is_last or step.is_stop_requested

@@ -1,5 +1,7 @@
 """The loop reads numbers late: in which order, what a stop and a divergence then find."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.reader import load_checkpoint, locate
+from megatron_ponder.checkpoint.writer import save_checkpoint
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import TrainingError
 from megatron_ponder.optim.adamw import learning_rate
@@ -137,6 +140,24 @@ def test_one_rank_stops_all_after_the_same_iteration(tmp_path: Path) -> None:
         assert seen[-3:] == ["start 4", "read 3", "read 4"]
         assert iteration == progress.iteration == 4
         assert all(torch.equal(weights[name], saved[name]) for name in weights)
+
+
+def _signal_while_saving(folder: str) -> int:
+    def save_under_fire(*args, **kwargs) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_checkpoint(*args, **kwargs)
+
+    config = small_config(1, **NEVER, train_iters=9, exit_interval=2, save=folder)
+    with mock.patch.object(loop, "save_checkpoint", save_under_fire):
+        _, progress = _train(config, _Events())
+    distributed.leave_layout()
+    return progress.iteration
+
+
+def test_a_signal_does_not_disturb_the_last_save(tmp_path: Path) -> None:
+    """torchrun sends a second one to ranks that are stopping already."""
+    assert run_ranks(_signal_while_saving, 1, str(tmp_path)) == [2]
+    assert locate(tmp_path, None).name == "iter_0000002"
 
 
 def _diverge(poisoned: range, train_iters: int) -> tuple[str, Progress, list[str]]:
