@@ -88,7 +88,8 @@ def _load_distributed(
         del state["step"]
     part.load_parameter_state_from_fully_reshardable(param_state)
     for state in states:
-        state["step"] = torch.tensor(float(num_updates))
+        # Beside the moments: where the fused update reads it.
+        state["step"] = torch.tensor(float(num_updates), device=state["exp_avg"].device)
 
 
 def master_weights_prefix(config: RunConfig) -> str:
@@ -114,7 +115,7 @@ def _allocate_adam_state(inner: torch.optim.AdamW) -> None:
         for parameter in group["params"]:
             if not inner.state[parameter]:
                 inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
                 }
