@@ -17,8 +17,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Make = Callable[[], Tensor]
+Place = tuple[StorageWeakRef, int]
 
 
 class _Notes:
@@ -28,22 +30,27 @@ class _Notes:
     """
 
     def __init__(self) -> None:
-        self._by_address: dict[int, tuple[Tensor, Make]] = {}
+        self._by_place: dict[Place, tuple[Tensor, Make]] = {}
 
     def add(self, output: Tensor, make: Make) -> None:
         """Note how a tensor was made."""
-        self._by_address[output.data_ptr()] = (output, make)
+        self._by_place[_place(output)] = (output, make)
 
     def forget(self) -> None:
         """Let go of the tensors."""
-        self._by_address.clear()
+        self._by_place.clear()
 
     def pack(self, tensor: Tensor) -> "Tensor | _Note":
         """What autograd keeps of a tensor."""
-        noted = self._by_address.get(tensor.data_ptr())
+        noted = self._by_place.get(_place(tensor))
         if noted is None or not tensor.is_contiguous() or tensor.numel() != noted[0].numel():
             return tensor
         return _Note(noted[1], tensor.shape)
+
+
+def _place(tensor: Tensor) -> Place:
+    """Where a tensor begins. Not its address, which tensors without contents share."""
+    return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset())
 
 
 class _Note:

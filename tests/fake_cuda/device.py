@@ -149,13 +149,8 @@ def _materialize_masks() -> None:
 
 
 def _adapt_megatron_core() -> None:
-    """Random states by name, and two places that fake tensors do not come through.
-
-    clip_grads' norm without apex and TransformerEngine reads every gradient's norm on the host;
-    the gradient reduction coalesces collectives, of which there is no fake.
-    """
+    """Random states by name; and gradient reduction coalesces collectives, which has no fake."""
     from megatron.core.distributed import param_and_grad_buffer
-    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *unused, **more: torch.zeros(16, dtype=torch.uint8)
@@ -163,11 +158,6 @@ def _adapt_megatron_core() -> None:
     param_and_grad_buffer._coalescing_manager = lambda *unused, **more: contextlib.nullcontext(
         Stream()
     )
-
-    def norm(chunk: int, noop: torch.Tensor, lists: Any, *unused: Any) -> Any:
-        return torch.stack([tensor.norm() for tensor in lists[0]]).norm().reshape(1), None
-
-    clip_grads.l2_norm_impl = norm
 
 
 @contextlib.contextmanager

@@ -23,14 +23,16 @@ from megatron_ponder.inference.continuation import continuation  # noqa: E402
 from megatron_ponder.model import ponder_gpt_model  # noqa: E402
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel  # noqa: E402
 from megatron_ponder.optim.adamw import build_optimizer  # noqa: E402
+from megatron_ponder.optim.update import clipped_update, gradient_norm  # noqa: E402
 from megatron_ponder.parallel.parallel_model import build_parallel_model  # noqa: E402
 from megatron_ponder.parallel.schedule import run_microbatches  # noqa: E402
 from megatron_ponder.ponder.schedule import training_plan  # noqa: E402
 from megatron_ponder.runtime import distributed  # noqa: E402
+from megatron_ponder.train.step import Trainee  # noqa: E402
 from tests.parity.layouts import config_of  # noqa: E402
 
 SMALL = {"num_layers": 2, "micro_batch_size": 2}
-Part = Callable[[RunConfig, Any], None]
+Part = Callable[[RunConfig, Trainee], None]
 
 
 def batches(config: RunConfig) -> Iterator[dict[str, Tensor]]:
@@ -41,9 +43,9 @@ def batches(config: RunConfig) -> Iterator[dict[str, Tensor]]:
         yield {"tokens": ids, "labels": ids.clone(), "loss_mask": torch.ones(shape)}
 
 
-def forward_backward(config: RunConfig, model: Any, forward_only: bool = False) -> None:
+def forward_backward(config: RunConfig, trainee: Trainee, forward_only: bool = False) -> None:
     """All micro-batches of a step."""
-    training = config.training
+    training, model = config.training, trainee.model
     model.zero_grad_buffer()
     size = training.micro_batch_size * distributed.ranks().data_parallel_size
     totals = run_microbatches(
@@ -60,26 +62,27 @@ def forward_backward(config: RunConfig, model: Any, forward_only: bool = False) 
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, model: Any) -> None:
+def evaluate(config: RunConfig, trainee: Trainee) -> None:
     """The forward of a step, in evaluation mode."""
-    model.train(False)
-    forward_backward(config, model, forward_only=True)
-    model.train()
+    trainee.model.train(False)
+    forward_backward(config, trainee, forward_only=True)
+    trainee.model.train()
 
 
-def update(config: RunConfig, model: Any) -> None:
-    """Optimizer and schedule, twice: the first update allocates. Gradients are as they are."""
-    optimizer, scheduler = build_optimizer(config, model.chunks)
+def update(config: RunConfig, trainee: Trainee) -> None:
+    """Norm, clipping and update as of a training step, twice: the first allocates."""
+    optimizer = trainee.optimizer
     for _ in range(2):
-        optimizer.step()
-        scheduler.step(increment=1)
+        optimizer.prepare_grads()
+        norm = gradient_norm(optimizer)
+        clipped_update(optimizer, norm, torch.isfinite(norm))
     states = optimizer.chained_optimizers[0].optimizer.state.values()
     assert {state["exp_avg"].device for state in states} == {fake.PLACE}
 
 
-def generate(config: RunConfig, model: Any) -> None:
+def generate(config: RunConfig, trainee: Trainee) -> None:
     """Prefill and decode two prompts of different length, with a cache and without."""
-    (module,) = model.modules
+    (module,) = trainee.model.modules
     module.eval()
     prompts = [torch.ones(5, dtype=torch.int64), torch.ones(3, dtype=torch.int64)]
     plan = module.method.plan(config.method.num_jacobi_iterations)
@@ -130,11 +133,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         model = build_parallel_model(config)
         for _, parameter in model.named_parameters():
             assert parameter.device == fake.PLACE
+        optimizer, scheduler = build_optimizer(config, model.chunks)
+        trainee = Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
         for name in case["parts"]:
             mode.waits.clear()
             problem = None
             try:
-                PARTS[name](config, model)
+                PARTS[name](config, trainee)
             except (RuntimeError, AssertionError) as error:
                 problem = f"{type(error).__name__}: {error}"
             found[name] = {"problem": problem, "waits": list(mode.waits)}

@@ -1,4 +1,4 @@
-"""Devices are not mixed up, and the forward and backward never wait: seen without a GPU.
+"""Devices are not mixed up, and a training step never waits: seen without a GPU.
 
 The package runs on tensors that know their device and have no contents (device.py), which needs a
 torch built for CUDA, as PyPI's is, and a C compiler for the driver's stand-in. Where there is a
@@ -31,6 +31,7 @@ BF16 = {"bf16": True}
 TORCH = {"kernels": "torch"}
 FUSED = {"cross_entropy_loss_fusion": True, "gradient_accumulation_fusion": True}
 PASS = {"recompute_granularity": "pass"}
+SELECTIVE = {"recompute_granularity": "selective"}
 LAYER = {"recompute_granularity": "full"}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -43,7 +44,7 @@ SINGLE = [
     ("neox k1", BF16 | FUSED | LAYER),
     ("gpt2 k1", BF16 | TORCH | FUSED | DROPOUT),
     ("neox ponderlm of 5", BF16 | TORCH),
-    ("llama loop", BF16),
+    ("llama loop", BF16 | SELECTIVE),
     ("gpt2 pause", BF16),
 ]
 SHARED = [
@@ -105,7 +106,7 @@ def test_no_mixed_devices_and_no_waits(case, found):
     assert list(found[str(case)]) == case["parts"]
     for part, seen in found[str(case)].items():
         assert seen["problem"] is None, f"{part}: {seen['problem']}"
-        assert not (part in FORWARDS and seen["waits"]), f"{part}: {seen['waits']}"
+        assert part == "generation" or not seen["waits"], f"{part}: {seen['waits']}"
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda c: c["settings"]["kernels"])
