@@ -38,8 +38,8 @@ from megatron_ponder.ponder.chunks import Chunk, cut_into_chunks
 BUCKET_PARAMETERS = 40_000_000
 """megatron-core reduces gradients in buckets of at least so many."""
 SELECTIVE_SHARE = 0.07
-"""Time of selective recomputation, as a part of a forward's: a step took 1.02 times as long on CPU
-(docs/performance.md, cost curves)."""
+"""Time of selective recomputation, as a part of a forward's: a step took 1.02 to 1.03 times as long
+on CPU (docs/performance.md, cost curves)."""
 GROUPS_SIMULATED, GROUPS_REPEATED = 12, 6
 """Groups of as many micro-batches as stages that are simulated, and those at their end whose mean
 all later ones take. Where messages are felt, groups alternate with a period of 2 or 3 (tests
