@@ -28,7 +28,7 @@ $(STAMP): setup.py pyproject.toml
 quickstart: $(STAMP) ## pretrain and compare two small models (10 minutes on 2 cores, no GPU); METHODS=all: five
 	$(BIN)/python examples/quickstart/run.py $(if $(METHODS),--methods $(METHODS))
 
-test: $(STAMP) ## the tests that need no GPU and no patience (under 20 minutes on 2 cores)
+test: $(STAMP) ## the tests that need no GPU and no patience (about 23 minutes on 2 shared cores)
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-all: $(STAMP) ## all tests

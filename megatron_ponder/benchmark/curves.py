@@ -50,7 +50,6 @@ SMALL_BASE: dict[str, Any] = {
 """The base of a run that says nothing about its model: seconds per point on one core."""
 METHODS = (("vanilla", 0), ("ponderlm2", 1), ("ponderlm", 3), ("loop", 3), ("pause", 3))
 """With the K of the paper's table 3."""
-NUM_PASSES = "--recompute-num-passes "
 PROFILED_STEPS = 2
 """Steps' time that a step with measured memory takes, about."""
 Changes = dict[str, Any]
@@ -229,8 +228,8 @@ def _methods(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:
 
 def _recomputation(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:
     yield "none", KEEP_ALL
-    for flags, settings in recomputations(largest_plan(config)):
-        yield flags.removeprefix("--recompute-granularity ").replace(NUM_PASSES, ""), settings
+    for settings in recomputations(largest_plan(config)):
+        yield " ".join(map(str, settings.values())), KEEP_ALL | settings
 
 
 def _replicas(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:

@@ -1,22 +1,13 @@
-"""The kernels as a list: what each is called with at a model's shape, and what it replaces.
+"""The kernels as a list of cases (`kernel_case`); a new kernel is one more here."""
 
-A case knows the function of `kernels/`, its eager chain (the same in torch's ordinary operations,
-differentiated by autograd), inputs at a shape, and how many bytes the formula has to move at least.
-A new kernel is one more case here; whether it has a Triton form is seen from its module.
-"""
-
-import dataclasses
 import functools
 import math
-import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.benchmark.kernel_case import Inputs, KernelCase, Sizes
 from megatron_ponder.kernels.cross_entropy import logits_gradient_, row_statistics_
 from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_stages
@@ -28,108 +19,16 @@ from megatron_ponder.kernels.swiglu import swiglu
 from megatron_ponder.kernels.weight_gradient import add_weight_gradient
 
 EPSILON = 1e-5
-Function = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The sizes of a model's longest pass over one micro-batch."""
-
-    tokens: int
-    batch: int
-    stages: int
-    hidden: int
-    ffn: int
-    groups: int
-    heads: int
-    head_dim: int
-    rotated: int
-    vocabulary: int
-
-    @property
-    def slots(self) -> int:
-        """Slots in a sequence."""
-        return self.tokens * self.stages
-
-    @property
-    def token_values(self) -> int:
-        """Numbers in the embeddings of all tokens."""
-        return self.tokens * self.batch * self.hidden
-
-    @property
-    def qkv_width(self) -> int:
-        """Of the joint projection."""
-        return (self.heads + 2 * self.groups) * self.head_dim
-
-
-def sizes_of(config: RunConfig) -> Sizes:
-    """Of a resolved run; at least two stages, so that there is something to interleave."""
-    model = config.model
-    assert model.ffn_hidden_size is not None and model.num_query_groups is not None
-    assert model.kv_channels is not None and model.vocab_size is not None
-    return Sizes(
-        tokens=config.data.seq_length,
-        batch=config.training.micro_batch_size,
-        stages=max(2, config.method.num_latent_thoughts + 1),
-        hidden=model.hidden_size,
-        ffn=model.ffn_hidden_size,
-        groups=model.num_query_groups,
-        heads=model.num_attention_heads,
-        head_dim=model.kv_channels,
-        rotated=int(model.rotary_percent * model.kv_channels),
-        vocabulary=model.vocab_size,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelCase:
-    """One kernel at one shape."""
-
-    name: str
-    kernel: Function
-    """A call of it; of the inputs only."""
-    eager: Function
-    """The same in ordinary operations."""
-    inputs: dict[str, Tensor]
-    """What both take, in order."""
-    leaves: tuple[str, ...] = ()
-    """Inputs with a gradient; none: the kernel is not differentiated."""
-    forward_values: int
-    """Numbers of the run's dtype that the forward moves at least."""
-    backward_values: int = 0
-    """The same of the backward."""
-    defined_in: Function
-    """A function of its module."""
-
-    @property
-    def has_triton(self) -> bool:
-        """Whether its module dispatches to a Triton form."""
-        return hasattr(sys.modules[self.defined_in.__module__], "uses_triton")
 
 
 def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[KernelCase]:
     """All cases, with random inputs."""
-    make = _Inputs(dtype, device)
+    make = Inputs(dtype, device)
     builders = (_slots, _norms, _residual, _rotary, _activation, _loss, _weight_gradient)
     return [case for build in builders for case in build(sizes, make)]
 
 
-class _Inputs:
-    """Random tensors of a dtype on a device."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self._generator = torch.Generator(device).manual_seed(1)
-
-    def floats(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        x = torch.randn(shape, generator=self._generator, device=self._device)
-        return x.to(dtype or self._dtype)
-
-    def ids(self, below: int, *shape: int) -> Tensor:
-        return torch.randint(below, shape, generator=self._generator, device=self._device)
-
-
-def _slots(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+def _slots(sizes: Sizes, make: Inputs) -> list[KernelCase]:
     """Token embeddings and thoughts in one buffer, and back."""
     s, b, h, n = sizes.tokens, sizes.batch, sizes.hidden, sizes.stages
     values, table = sizes.token_values, sizes.vocabulary * h
@@ -181,7 +80,7 @@ def _slots(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
     ]
 
 
-def _norms(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+def _norms(sizes: Sizes, make: Inputs) -> list[KernelCase]:
     """RMSNorm of all slots, and of the stages that are read."""
     n, values = sizes.stages, sizes.token_values
     hidden = make.floats(sizes.slots, sizes.batch, sizes.hidden)
@@ -218,7 +117,7 @@ def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)).to(x.dtype) * weight
 
 
-def _residual(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+def _residual(sizes: Sizes, make: Inputs) -> list[KernelCase]:
     """Adds to the residual stream and norms of it: of Llama's layer, and of GPT-NeoX's."""
     shape, h = (sizes.slots, sizes.batch, sizes.hidden), sizes.hidden
     values = math.prod(shape)
@@ -279,7 +178,7 @@ def _residual(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
     ]
 
 
-def _rotary(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+def _rotary(sizes: Sizes, make: Inputs) -> list[KernelCase]:
     """The joint projection to rotated queries, keys, and values."""
     d, rotated = sizes.head_dim, sizes.rotated
     width = sizes.qkv_width // sizes.groups
@@ -316,7 +215,7 @@ def _rotary(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
     ]
 
 
-def _activation(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+def _activation(sizes: Sizes, make: Inputs) -> list[KernelCase]:
     """The gate of a gated MLP, and the activation of one without."""
     x = make.floats(sizes.slots, sizes.batch, 2 * sizes.ffn)
     ungated, bias = make.floats(sizes.slots, sizes.batch, sizes.ffn), make.floats(sizes.ffn)
@@ -354,7 +253,7 @@ def _activation(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
     ]
 
 
-def _loss(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+def _loss(sizes: Sizes, make: Inputs) -> list[KernelCase]:
     """Statistics of logits, and their gradient, of a chunk of the tokens."""
     columns = sizes.vocabulary
     rows = min(sizes.tokens * sizes.batch, max(1, (1 << 27) // columns))
@@ -394,7 +293,7 @@ def _loss(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
     ]
 
 
-def _weight_gradient(sizes: Sizes, make: _Inputs) -> list[KernelCase]:
+def _weight_gradient(sizes: Sizes, make: Inputs) -> list[KernelCase]:
     """A product that is added to an fp32 buffer; its floor is arithmetic, not traffic."""
     rows, h, f = sizes.slots * sizes.batch, sizes.hidden, sizes.ffn
     dy, x = make.floats(rows, f), make.floats(rows, h)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_ponder import log
 from megatron_ponder.benchmark.device_rates import best_time_s, copy_bytes_per_s
-from megatron_ponder.benchmark.kernel_cases import KernelCase, build_cases, sizes_of
+from megatron_ponder.benchmark.kernel_case import KernelCase, sizes_of
+from megatron_ponder.benchmark.kernel_cases import build_cases
 from megatron_ponder.benchmark.options import KernelsBenchmarkOptions
 from megatron_ponder.benchmark.train import environment
 from megatron_ponder.config.resolve import resolve

@@ -95,6 +95,7 @@ def build_bare_model(config: RunConfig) -> PonderGPTModel:
         method=load_method(config.method),
         layer_spec=layer_spec(config, REFERENCE),
         pg_collection=process_groups(),
+        training_config=config.training,
     )
 
 

@@ -46,8 +46,7 @@ def build_model_chunks(config: RunConfig) -> list[PonderGPTModel]:
             pre_process=here.pipeline_parallel_rank == 0 and chunk == 0,
             post_process=here.is_last_stage and chunk == num_chunks - 1,
             vp_stage=chunk if num_chunks > 1 else None,
-            recomputes_passes=config.training.recompute_granularity == "pass",
-            recompute_num_passes=config.training.recompute_num_passes,
+            training_config=config.training,
             loss_chunk_tokens=config.backend.loss_chunk_tokens,
         )
         initialize_weights(model, config)

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.config.schema import ModelConfig, TrainingConfig
 from megatron_ponder.kernels.rotary import rotary_table
 from megatron_ponder.model.cache import NewTokens
 from megatron_ponder.model.context_parallel import local_shard
@@ -59,8 +59,7 @@ class PonderGPTModel(LanguageModule):
         pre_process: whether this stage holds the embedding.
         post_process: whether this stage holds the final norm and the output layer.
         vp_stage: which of the rank's layer chunks this is; None where a rank has one.
-        recomputes_passes: whether passes are computed again in the backward.
-        recompute_num_passes: how many of them; see `PassPlan.is_recomputed`.
+        training_config: says which passes are computed again in the backward.
         loss_chunk_tokens: see `linear_cross_entropy`.
     """
 
@@ -75,14 +74,12 @@ class PonderGPTModel(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        recomputes_passes: bool = False,
-        recompute_num_passes: int | None = None,
+        training_config: TrainingConfig,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.vp_stage = vp_stage
-        self.recomputes_passes = recomputes_passes
-        self.recompute_num_passes = recompute_num_passes
+        self.training_config = training_config
         self.model_type = ModelType.encoder_or_decoder
         self.shape = shape
         self.method = method
@@ -227,8 +224,7 @@ class PonderGPTModel(LanguageModule):
             return self._compute_pass(pass_, plan, token_embeddings, received)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
-            recomputes = self.recomputes_passes and self.training
-            if recomputes and plan.is_recomputed(pass_, self.recompute_num_passes):
+            if self.training and plan.is_recomputed(pass_, self.training_config):
                 return tensor_parallel.checkpoint(run, False, token_embeddings, received)
             return run(token_embeddings, received)
 

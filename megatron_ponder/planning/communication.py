@@ -85,8 +85,8 @@ class StageTraffic:
     def _num_forwards(self, chunk: Chunk) -> float:
         """Forwards of the chunk's layers, recomputed ones included."""
         training, num_layers = self.config.training, self.layers[chunk.layer_chunk]
-        if training.recompute_granularity == "pass":
-            return 2.0 if self._is_recomputed_whole(chunk) else 1.0
+        if self.plan.is_recomputed(chunk.pass_, training):
+            return 2.0
         if not chunk.has_grad or training.recompute_granularity != "full":
             return 1.0
         if training.recompute_method == "block":
@@ -133,12 +133,7 @@ class StageTraffic:
 
     def _num_mixtures(self, chunk: Chunk) -> int:
         """How often the forward's end is computed."""
-        return 2 if self._is_recomputed_whole(chunk) else 1
-
-    def _is_recomputed_whole(self, chunk: Chunk) -> bool:
-        training = self.config.training
-        is_by_pass = training.recompute_granularity == "pass"
-        return is_by_pass and self.plan.is_recomputed(chunk.pass_, training.recompute_num_passes)
+        return 2 if self.plan.is_recomputed(chunk.pass_, self.config.training) else 1
 
     def replicated_gradient_bytes(self) -> int:
         """Gradients that tensor-parallel ranks add up.

@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_ponder.config.layout import data_parallel_size, padded_vocab_size
+from megatron_ponder.config.layout import data_parallel_size, flag_of, padded_vocab_size
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.planning.memory import stage_memory
-from megatron_ponder.planning.recomputation import recomputations
+from megatron_ponder.planning.recomputation import KEEP_ALL, recomputations
 from megatron_ponder.planning.work import chunk_flops
 from megatron_ponder.ponder.plan import PassPlan
 
@@ -165,7 +165,9 @@ def find_remedies(
 
 def _changes(config: RunConfig, plan: PassPlan) -> Iterator[tuple[str, dict[str, Any]]]:
     """What could be changed, as flags and as settings."""
-    yield from recomputations(plan)
+    for settings in recomputations(plan):
+        flags = " ".join(f"{flag_of(name)} {value}" for name, value in settings.items())
+        yield flags, KEEP_ALL | settings
     parallel, training = config.parallel, config.training
     if not parallel.use_distributed_optimizer:
         yield "--use-distributed-optimizer", {"use_distributed_optimizer": True}

@@ -238,9 +238,7 @@ class _StagePeak:
 
     def _is_recomputed_whole(self, chunk: Chunk) -> bool:
         """Whether the pass is recomputed from its input."""
-        training = self.config.training
-        is_by_pass = training.recompute_granularity == "pass"
-        return is_by_pass and self.plan.is_recomputed(chunk.pass_, training.recompute_num_passes)
+        return self.plan.is_recomputed(chunk.pass_, self.config.training)
 
     def _pass_input_bytes(self, chunk: Chunk) -> int:
         """What a pass is recomputed from."""
@@ -315,9 +313,8 @@ class _StagePeak:
         is_waiting = not self.plan.is_last(chunk.pass_) and not self._is_recomputed_whole(chunk)
         num_waiting = sum(self.layers) if is_waiting else 0
         if training.recompute_granularity == "full":
-            recomputes_some = training.recompute_method == "block"
-            left = max(num_waiting - training.recompute_num_layers, 0)
-            num_waiting = left if recomputes_some else 0
+            is_all = training.recompute_method == "uniform"
+            num_waiting = 0 if is_all else max(num_waiting - training.recompute_num_layers, 0)
         waiting = num_waiting * _layer_weights(self.config)
         if not self.config.model.untie_embeddings_and_output_weights:
             waiting += size.vocab_rows * size.hidden_size

@@ -14,15 +14,13 @@ KEEP_ALL: Settings = {
 }
 
 
-def recomputations(plan: PassPlan) -> Iterator[tuple[str, Settings]]:
-    """Choices for the passes of a plan, each with the flags that a run gives for it.
+def recomputations(plan: PassPlan) -> Iterator[Settings]:
+    """Choices for the passes of a plan, as changes to KEEP_ALL.
 
     Units of several layers, and of some layers, are left out.
     """
-    flag = "--recompute-granularity"
-    yield f"{flag} selective", KEEP_ALL | {"recompute_granularity": "selective"}
-    by_pass = KEEP_ALL | {"recompute_granularity": "pass"}
+    yield {"recompute_granularity": "selective"}
     for n in range(1, len(plan.passes) - plan.first_grad_pass - 1):
-        yield f"{flag} pass --recompute-num-passes {n}", by_pass | {"recompute_num_passes": n}
-    yield f"{flag} pass", by_pass
-    yield f"{flag} full", KEEP_ALL | {"recompute_granularity": "full"}
+        yield {"recompute_granularity": "pass", "recompute_num_passes": n}
+    yield {"recompute_granularity": "pass"}
+    yield {"recompute_granularity": "full"}

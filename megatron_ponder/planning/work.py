@@ -96,9 +96,8 @@ def _recomputed(
 ) -> float:
     """What a chunk's backward computes again."""
     training = config.training
-    if training.recompute_granularity == "pass":
-        is_recomputed = plan.is_recomputed(chunk.pass_, training.recompute_num_passes)
-        return whole if is_recomputed else 0.0
+    if plan.is_recomputed(chunk.pass_, training):
+        return whole
     if training.recompute_granularity != "full":
         return 0.0  # what selective recomputation makes again takes no products
     num = training.recompute_num_layers if training.recompute_method == "block" else None

@@ -7,6 +7,8 @@ and memory accounting. It holds no tensors and knows no architecture.
 
 import dataclasses
 
+from megatron_ponder.config.schema import TrainingConfig
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -91,14 +93,16 @@ class PassPlan:
         """Whether the backward goes through this pass."""
         return pass_.index >= self.first_grad_pass
 
-    def is_recomputed(self, pass_: Pass, num_passes: int | None) -> bool:
-        """Whether a pass is computed again in the backward, if `num_passes` passes are.
+    def is_recomputed(self, pass_: Pass, training: TrainingConfig) -> bool:
+        """Whether the backward computes a whole pass again (--recompute-granularity pass).
 
-        These are the first ones with a gradient; None: all but the last. The backward begins with
-        the last pass: dropping its activations would save nothing.
+        The first ones with a gradient are, and never the last: the backward begins with it, so
+        dropping its activations would save nothing.
         """
-        if self.is_last(pass_) or not self.has_grad(pass_):
+        is_by_pass = training.recompute_granularity == "pass"
+        if not is_by_pass or self.is_last(pass_) or not self.has_grad(pass_):
             return False
+        num_passes = training.recompute_num_passes
         return num_passes is None or pass_.index - self.first_grad_pass < num_passes
 
     def with_grad_passes(self, num_passes: int | None) -> "PassPlan":
