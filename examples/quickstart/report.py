@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from training import read_metrics
 
-from megatron_ponder.checkpoint.layout import (
+from megatron_ponder.checkpoint.storage import (
     CONFIG_FILE,
     choose_iteration,
     iteration_folder,
@@ -28,7 +28,7 @@ from megatron_ponder.config.parse import config_from_flat_dict
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
+from megatron_ponder.ponder.training_plan import jacobi_iterations, training_plan
 
 COLORS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#7c3aed")
 INK = "#1f2937"

@@ -62,14 +62,14 @@ def benchmark_checkpoint(options: CheckpointBenchmarkOptions, config: RunConfig)
 def save_repeatedly(steps: OurSteps, num_saves: int) -> tuple[list[float], int]:
     """In the process: seconds of each save, and bytes of the last checkpoint."""
     seconds: list[float] = []
-    trainee = steps.trainee
+    training_state = steps.training_state
     for iteration in range(1, num_saves + 1):
         begin_s = time.perf_counter()
         folder = save_checkpoint(
             steps.config,
-            chunks=trainee.model.chunks,
-            optimizer=trainee.optimizer,
-            scheduler=trainee.scheduler,
+            chunks=training_state.model.chunks,
+            optimizer=training_state.optimizer,
+            scheduler=training_state.scheduler,
             progress=Progress(iteration=iteration),
         )
         seconds.append(time.perf_counter() - begin_s)
@@ -81,14 +81,14 @@ def load_once(steps: OurSteps) -> float:
     checkpoint = steps.config.checkpoint
     assert checkpoint.load is not None
     (folder,) = Path(checkpoint.load).glob("iter_*")
-    trainee = steps.trainee
+    training_state = steps.training_state
     begin_s = time.perf_counter()
     load_checkpoint(
         steps.config,
         folder,
-        chunks=trainee.model.chunks,
-        optimizer=trainee.optimizer,
-        scheduler=trainee.scheduler,
+        chunks=training_state.model.chunks,
+        optimizer=training_state.optimizer,
+        scheduler=training_state.scheduler,
     )
     return time.perf_counter() - begin_s
 

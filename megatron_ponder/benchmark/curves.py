@@ -34,7 +34,7 @@ from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.planning.memory import stage_memory
 from megatron_ponder.planning.options import PlanOptions
-from megatron_ponder.planning.recomputation import KEEP_ALL, recomputations
+from megatron_ponder.planning.recompute import KEEP_ALL, recomputations
 from megatron_ponder.planning.report import largest_plan, microbatches_per_step, simulate_step
 
 SMALL_BASE: dict[str, Any] = {

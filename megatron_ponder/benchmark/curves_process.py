@@ -124,27 +124,27 @@ class _Models:
 
     def __init__(self) -> None:
         self._steps: dict[str, Callable[[], None]] = {}
-        self._trainees: dict[str, Any] = {}
+        self._training_states: dict[str, Any] = {}
         self._layout: ParallelConfig | None = None
 
     def build(self, name: str, config: RunConfig) -> None:
         """Model, optimizer and batches, in their layout."""
         from megatron_ponder.benchmark.steps import random_batches
         from megatron_ponder.runtime.distributed import initialize, leave_layout
-        from megatron_ponder.train.run import build_trainee
+        from megatron_ponder.train.run import build_training_state
         from megatron_ponder.train.step import train_step
 
         if config.parallel != self._layout:
-            assert not self._trainees, "models of one layout at a time"
+            assert not self._training_states, "models of one layout at a time"
             leave_layout()
             initialize(config.parallel, config.training.seed)
             self._layout = config.parallel
-        trainee, batches = build_trainee(config), random_batches(config)
+        training_state, batches = build_training_state(config), random_batches(config)
 
         def step() -> None:
-            train_step(config, trainee, batches, iteration=1, wants_stop=False).read()
+            train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
 
-        self._trainees[name], self._steps[name] = trainee, step
+        self._training_states[name], self._steps[name] = training_state, step
 
     def take_steps(self, name: str, number: int) -> float:
         """Seconds from a common start to this rank's end."""
@@ -166,7 +166,7 @@ class _Models:
         """Bytes held, and added by a step."""
         from megatron_ponder.benchmark.step_memory import held_bytes, step_bytes
 
-        held = sum(held_bytes(self._trainees[name]).values())
+        held = sum(held_bytes(self._training_states[name]).values())
         return held, step_bytes(self._steps[name])
 
     def drop(self, name: str) -> None:
@@ -175,7 +175,7 @@ class _Models:
 
         import torch
 
-        del self._steps[name], self._trainees[name]
+        del self._steps[name], self._training_states[name]
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_ponder.benchmark.phases import wait_for_device
+from megatron_ponder.benchmark.phases import synchronize_device
 from megatron_ponder.runtime.device import device
 
 REPETITIONS = 5
@@ -51,11 +51,11 @@ def best_time_s(run: Callable[[], object]) -> float:
     num_calls, best_s = 1, float("inf")
     for _ in range(REPETITIONS):
         while True:
-            wait_for_device()
+            synchronize_device()
             begin_s = time.perf_counter()
             for _ in range(num_calls):
                 run()
-            wait_for_device()
+            synchronize_device()
             elapsed_s = time.perf_counter() - begin_s
             if elapsed_s >= MIN_REPETITION_S:
                 break

@@ -10,11 +10,11 @@ from torch import Tensor
 from megatron_ponder.benchmark.kernel_case import Inputs, KernelCase, Sizes
 from megatron_ponder.kernels.cross_entropy import logits_gradient_, row_statistics_
 from megatron_ponder.kernels.gelu import gelu
-from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_stages
+from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_slots
 from megatron_ponder.kernels.residual import add_and_norm, add_branches, norm_beside_residual
 from megatron_ponder.kernels.rms_norm import rms_norm
 from megatron_ponder.kernels.rotary import rotary_table, split_and_rotate
-from megatron_ponder.kernels.stage_norm import norm_stages
+from megatron_ponder.kernels.slot_norm import norm_slots
 from megatron_ponder.kernels.swiglu import swiglu
 from megatron_ponder.kernels.weight_gradient import add_weight_gradient
 
@@ -69,13 +69,13 @@ def _slots(sizes: Sizes, make: Inputs) -> list[KernelCase]:
         ),
         KernelCase(
             name="select stages",
-            kernel=lambda hidden: select_stages(hidden, n, range(n - 1, n)),
+            kernel=lambda hidden: select_slots(hidden, n, range(n - 1, n)),
             eager=lambda hidden: hidden[n - 1 :: n].contiguous(),
             inputs={"hidden": make.floats(s * n, b, h)},
             leaves=("hidden",),
             forward_values=2 * values,
             backward_values=(1 + n) * values,
-            defined_in=select_stages,
+            defined_in=select_slots,
         ),
     ]
 
@@ -99,7 +99,7 @@ def _norms(sizes: Sizes, make: Inputs) -> list[KernelCase]:
         ),
         KernelCase(
             name="RMSNorm of one stage",
-            kernel=lambda x, weight: norm_stages(
+            kernel=lambda x, weight: norm_slots(
                 x, n, range(n - 1, n), weight, None, EPSILON, is_layer_norm=False
             ),
             eager=lambda x, weight: _eager_rms_norm(x[n - 1 :: n], weight),
@@ -107,7 +107,7 @@ def _norms(sizes: Sizes, make: Inputs) -> list[KernelCase]:
             leaves=("x", "weight"),
             forward_values=2 * values,
             backward_values=(2 + n) * values,
-            defined_in=norm_stages,
+            defined_in=norm_slots,
         ),
     ]
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_ponder.train.step import Trainee
+from megatron_ponder.train.step import TrainingState
 
 MCORE_PHASES = {"forward-compute": "forward", "backward-compute": "backward"}
 """By the names of megatron-core's timers."""
@@ -40,7 +40,7 @@ def unnamed(name: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def wait_for_device() -> None:
+def synchronize_device() -> None:
     """Until everything that was started on the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -67,7 +67,7 @@ class PhaseTimes:
 
     def _wait(self) -> None:
         if self.waits:
-            wait_for_device()
+            synchronize_device()
 
     def in_ms(self, step_s: float) -> dict[str, float]:
         """Milliseconds by phase of a step that took `step_s`; they add up to it."""
@@ -84,26 +84,26 @@ class PhaseTimes:
 
 def time_phases(step: Callable[[Phase], Any]) -> dict[str, float]:
     """Milliseconds by phase, and `total`, of one step."""
-    wait_for_device()
+    synchronize_device()
     times, begin_s = PhaseTimes(), time.perf_counter()
     step(times)
-    wait_for_device()
+    synchronize_device()
     step_s = time.perf_counter() - begin_s
     return times.in_ms(step_s) | {"total": 1e3 * step_s}
 
 
 @contextlib.contextmanager
-def named_phases(trainee: Trainee, phase: Phase) -> Iterator[None]:
+def named_phases(training_state: TrainingState, phase: Phase) -> Iterator[None]:
     """Inside, our training step names its phases.
 
     Args:
-        trainee: on one pipeline stage.
+        training_state: on one pipeline stage.
         phase: what to name them with; `unnamed`: nothing is done.
     """
     if phase is unnamed:
         yield
         return
-    config, optimizer = trainee.model.modules[0].config, trainee.optimizer
+    config, optimizer = training_state.model.modules[0].config, training_state.optimizer
     update = optimizer.step_with_ready_grads
 
     def named_update() -> Any:
@@ -162,7 +162,7 @@ def trace_step(step: Callable[[Phase], Any], path: str) -> None:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         step(PhaseTimes(waits=False))
-        wait_for_device()
+        synchronize_device()
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix decides about compression.

@@ -79,12 +79,12 @@ def benchmark_pipeline(
     world_size = _world_size(config)
     pipeline = run_pipeline(config, microbatches_per_step(config, world_size))
     answers = _run_ranks(options, config, world_size)
-    per_stage = world_size // pipeline.num_stages
+    per_stage = world_size // pipeline.num_pipeline_stages
     latency_s = max(latency for latency, _ in answers)
     comparisons = [
         _compare(
             pipeline,
-            [answers[s * per_stage][1][step] for s in range(pipeline.num_stages)],
+            [answers[s * per_stage][1][step] for s in range(pipeline.num_pipeline_stages)],
             latency_s,
         )
         for step in range(options.steps)
@@ -175,20 +175,22 @@ def _work(
     from megatron_ponder.benchmark.spans import SpanTimers, message_latency_s
     from megatron_ponder.benchmark.steps import random_batches
     from megatron_ponder.runtime.distributed import running
-    from megatron_ponder.train.run import build_trainee
+    from megatron_ponder.train.run import build_training_state
     from megatron_ponder.train.step import train_step
 
     torch.set_num_threads(1)
     store = dist.FileStore(store_path, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     with running(config.parallel, config.training.seed):
-        trainee = build_trainee(config)
+        training_state = build_training_state(config)
         timers = SpanTimers()
-        trainee.model.modules[0].config.timers = timers
+        training_state.model.modules[0].config.timers = timers
         batches = random_batches(config)
         steps: list[Spans] = []
         for iteration in range(1, options.warmup_steps + options.steps + 1):
-            train_step(config, trainee, batches, iteration=iteration, wants_stop=False).read()
+            train_step(
+                config, training_state, batches, iteration=iteration, wants_stop=False
+            ).fetch()
             steps.append(timers.take())
         latency_s = message_latency_s(config)
         connection.send((latency_s, steps[options.warmup_steps :]))
@@ -214,7 +216,7 @@ def _compare(pipeline: Pipeline, by_stage: list[Spans], latency_s: float) -> _Co
                 statistics.fmean(durations[stage, chunk, is_backward])
                 for chunk in range(pipeline.num_chunks)
             ]
-            for stage in range(pipeline.num_stages)
+            for stage in range(pipeline.num_pipeline_stages)
         ]
         for is_backward in (False, True)
     )
@@ -243,12 +245,12 @@ def _figures(comparisons: list[_Comparison], latency_s: float) -> dict[str, Any]
         for side in ("predicted", "replayed")
     }
     return {
-        "num_stages": pipeline.num_stages,
+        "num_pipeline_stages": pipeline.num_pipeline_stages,
         "num_chunks": pipeline.num_chunks,
         "num_microbatches": pipeline.num_microbatches,
         "latency_ms": 1e3 * latency_s,
         "bubble_if_chunks_were_equal": equal_chunks_bubble(
-            pipeline.num_stages, pipeline.num_microbatches, pipeline.num_chunks
+            pipeline.num_pipeline_stages, pipeline.num_microbatches, pipeline.num_chunks
         ),
         **fastest,
         **ratios,
@@ -259,7 +261,7 @@ def _figures(comparisons: list[_Comparison], latency_s: float) -> dict[str, Any]
 def as_text(result: dict[str, Any]) -> str:
     """The figures of `benchmark_pipeline` for people."""
     lines = [
-        f"{result['num_stages']} stages, {result['num_chunks']} chunks, "
+        f"{result['num_pipeline_stages']} stages, {result['num_chunks']} chunks, "
         f"{result['num_microbatches']} micro-batches, one thread per rank, {result['device']}, "
         f"torch {result['versions']['torch']}, "
         f"megatron-core {result['versions']['megatron_core']}, {result['date']}",

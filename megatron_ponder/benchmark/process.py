@@ -81,12 +81,12 @@ class _Worker:
 
     def take_steps(self, num_steps: int) -> tuple[list[float], float, float]:
         """Loss of each, seconds of all, and seconds that a core worked for it."""
-        from megatron_ponder.benchmark.phases import wait_for_device
+        from megatron_ponder.benchmark.phases import synchronize_device
 
-        wait_for_device()
+        synchronize_device()
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         losses = [self._steps.step(self._next()) for _ in range(num_steps)]
-        wait_for_device()
+        synchronize_device()
         seconds, cpu_seconds = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         return [read() for read in losses], seconds, cpu_seconds
 

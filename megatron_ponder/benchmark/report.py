@@ -70,9 +70,10 @@ def roofline_lines(roofline: dict[str, Any]) -> list[str]:
         f"{'forward ms':>11} {'reached':>8} {'backward ms':>12} {'share':>7}",
     ]
     for number, row in enumerate([*roofline["passes"], roofline["total"]], 1):
-        name = str(number) if "num_stages" in row else "all"
+        name = str(number) if "slots_per_token" in row else "all"
+        slots, outputs = row.get("slots_per_token", ""), row.get("outputs_per_token", "")
         lines.append(
-            f"{name:>12} {row.get('num_stages', ''):>12} {row.get('num_read_stages', ''):>5} "
+            f"{name:>12} {slots:>12} {outputs:>5} "
             f"{row['gflops']:>9.4g} {row['gigabytes']:>8.3g} {row['floor_ms']:>9.4g} "
             f"{row['forward_ms']:>11.4g} {row['reached']:>8.1%} {row['backward_ms']:>12.4g} "
             f"{row['share']:>7.1%}"

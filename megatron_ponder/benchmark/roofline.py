@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.benchmark.device_rates import DeviceRates, measure_rates
-from megatron_ponder.benchmark.phases import wait_for_device
+from megatron_ponder.benchmark.phases import synchronize_device
 from megatron_ponder.benchmark.steps import OurSteps
 from megatron_ponder.config.schema import ModelConfig, RunConfig
 from megatron_ponder.model.size import linear_modules
 from megatron_ponder.ponder.plan import Pass, PassPlan
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime.device import device
 
 REPETITIONS = 3
@@ -63,12 +63,12 @@ def pass_operations(
     """
     assert model.vocab_size is not None
     h, v = model.hidden_size, model.vocab_size
-    slots, read_slots = tokens * pass_.num_stages, tokens * pass_.num_read_stages
+    slots, read_slots = tokens * pass_.slots_per_token, tokens * pass_.outputs_per_token
     pieces = [Operation("input", 0, 2 * slots * h)]
     for layer in range(model.num_layers):
         is_last = layer == model.num_layers - 1
         behind = read_slots if is_last else slots
-        pieces += _layer(model, slots, behind, seq_length * pass_.num_stages)
+        pieces += _layer(model, slots, behind, seq_length * pass_.slots_per_token)
     pieces.append(Operation("residual and final norm", 0, 4 * read_slots * h))
     if pass_.mixes_embeddings:
         pieces += [
@@ -122,7 +122,7 @@ def measure_roofline(side: OurSteps) -> dict[str, Any]:
         `forward_ms`, `reached` (floor over forward), `backward_ms`, and its `share` of both times.
     """
     config = side.config
-    method = side.trainee.model.method
+    method = side.training_state.model.method
     plan = training_plan(method, config.method.num_jacobi_iterations)
     bytes_per_value = 2 if config.training.bf16 else 4
     rates = _rates(config, plan)
@@ -140,8 +140,8 @@ def measure_roofline(side: OurSteps) -> dict[str, Any]:
         )
         rows.append(
             {
-                "num_stages": pass_.num_stages,
-                "num_read_stages": pass_.num_read_stages,
+                "slots_per_token": pass_.slots_per_token,
+                "outputs_per_token": pass_.outputs_per_token,
                 "gflops": sum(p.flops for p in pieces) / 1e9,
                 "gigabytes": sum(p.values for p in pieces) * bytes_per_value / 1e9,
                 "floor_ms": 1e3
@@ -161,7 +161,7 @@ def measure_roofline(side: OurSteps) -> dict[str, Any]:
 
 def _rates(config: RunConfig, plan: PassPlan) -> DeviceRates:
     """Of the model's largest products, and of a large square one."""
-    tokens = config.training.micro_batch_size * config.data.seq_length * plan.max_stages
+    tokens = config.training.micro_batch_size * config.data.seq_length * plan.max_slots_per_token
     edge = SQUARE[device().type]
     shapes = [(tokens, inputs, outputs) for inputs, outputs in linear_modules(config.model)]
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
@@ -170,7 +170,7 @@ def _rates(config: RunConfig, plan: PassPlan) -> DeviceRates:
 
 def _time_passes(side: OurSteps, plan: PassPlan) -> tuple[list[float], list[float]]:
     """Seconds of each pass's forward and of its backward (0 for a pass without a gradient)."""
-    (model,) = side.trainee.model.modules
+    (model,) = side.training_state.model.modules
     batch = {name: tensor.to(device()) for name, tensor in next(side.batches).items()}
     forward: list[float] = []
     ends: dict[int, float] = {}
@@ -184,7 +184,7 @@ def _time_passes(side: OurSteps, plan: PassPlan) -> tuple[list[float], list[floa
             carry.register_hook(lambda _, index=pass_.index: ends.update({index + 1: _now()}))
     assert carry is not None
     begin_s = _now()
-    with side.trainee.model.no_sync():
+    with side.training_state.model.no_sync():
         carry.sum().backward()
     ends[plan.first_grad_pass] = _now()
     backward = []
@@ -197,5 +197,5 @@ def _time_passes(side: OurSteps, plan: PassPlan) -> tuple[list[float], list[floa
 
 def _now() -> float:
     """Seconds, when the device is done."""
-    wait_for_device()
+    synchronize_device()
     return time.perf_counter()

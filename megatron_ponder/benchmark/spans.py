@@ -65,8 +65,8 @@ def message_latency_s(config: RunConfig) -> float:
     rows = config.data.seq_length // config.parallel.context_parallel_size
     if config.parallel.sequence_parallel:
         rows //= config.parallel.tensor_model_parallel_size
-    num_stages = config.method.num_latent_thoughts + 1
-    shape = (rows * num_stages, config.training.micro_batch_size, config.model.hidden_size)
+    slots_per_token = config.method.num_latent_thoughts + 1
+    shape = (rows * slots_per_token, config.training.micro_batch_size, config.model.hidden_size)
     message = torch.zeros(shape, dtype=torch.bfloat16 if config.training.bf16 else torch.float32)
     times = []
     dist.barrier()

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_ponder.train.step import Trainee
+from megatron_ponder.train.step import TrainingState
 
 
-def held_bytes(trainee: Trainee) -> dict[str, int]:
+def held_bytes(training_state: TrainingState) -> dict[str, int]:
     """Bytes of this rank between steps: parameters, gradients, optimizer.
 
     Args:
-        trainee: has taken a step, in which Adam's moments appear.
+        training_state: has taken a step, in which Adam's moments appear.
     """
-    chunks = trainee.model.chunks
+    chunks = training_state.model.chunks
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
     return {
         "parameters": sum(p.nbytes for chunk in chunks for p in chunk.parameters()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
-        "optimizer": _optimizer_bytes(trainee.optimizer),
+        "optimizer": _optimizer_bytes(training_state.optimizer),
     }
 
 

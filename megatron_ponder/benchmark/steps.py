@@ -18,9 +18,9 @@ from megatron_ponder.benchmark.stock_reference import build_stock_reference
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert.weight_names import to_megatron
 from megatron_ponder.parallel.schedule import Batch
-from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.ponder.training_plan import jacobi_iterations
 from megatron_ponder.runtime.device import device
-from megatron_ponder.train.run import build_trainee
+from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
 
 Loss = Callable[[], float]
@@ -63,7 +63,7 @@ class OurSteps:
 
     def __init__(self, config: RunConfig, baseline: str = "none") -> None:
         self.config = config
-        self.trainee = build_trainee(config)
+        self.training_state = build_training_state(config)
         weights = {}
         if baseline == "reference":
             weights = build_stock_reference(config).stock_weights(config.model)
@@ -71,18 +71,22 @@ class OurSteps:
             weights = dict(_build_plain(config).model.named_parameters())
         if weights:
             state = to_megatron({k: w.detach() for k, w in weights.items()}, config.model)
-            (model,) = self.trainee.model.modules
+            (model,) = self.training_state.model.modules
             model.load_state_dict(state, strict=False)
-            self.trainee.optimizer.reload_model_params()
+            self.training_state.optimizer.reload_model_params()
         self.batches = random_batches(config)
 
     def step(self, iteration: int, phase: Phase = unnamed) -> Loss:
         """See `Steps`."""
-        with named_phases(self.trainee, phase):
+        with named_phases(self.training_state, phase):
             step = train_step(
-                self.config, self.trainee, self.batches, iteration=iteration, wants_stop=False
+                self.config,
+                self.training_state,
+                self.batches,
+                iteration=iteration,
+                wants_stop=False,
             )
-        return lambda: step.read().loss
+        return lambda: step.fetch().loss
 
 
 class PlainSteps:

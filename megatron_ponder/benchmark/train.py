@@ -32,7 +32,7 @@ from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime.device import device
 from megatron_ponder.runtime.peak_flops import peak_tflops
 

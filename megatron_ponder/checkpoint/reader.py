@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ponder.checkpoint import layout
+from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.comparison import (
     REPEATED_SAMPLES,
     data_differences,
@@ -31,9 +31,9 @@ from megatron_ponder.checkpoint.state import (
     WEIGHTS_ONLY,
     load_chunks,
     model_state,
+    parallel_sizes,
     random_state_object,
 )
-from megatron_ponder.checkpoint.state import layout as layout_of
 from megatron_ponder.config.parse import config_from_flat_dict
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import CheckpointError, ConfigError
@@ -54,7 +54,7 @@ def find_checkpoint(config: CheckpointConfig) -> Path | None:
         return None
     folder = Path(config.load)
     is_own = config.save is not None and Path(config.save).resolve() == folder.resolve()
-    if is_own and config.ckpt_step is None and layout.latest_iteration(folder) is None:
+    if is_own and config.ckpt_step is None and storage.latest_iteration(folder) is None:
         return None
     return locate(folder, config.ckpt_step)
 
@@ -65,8 +65,8 @@ def locate(folder: Path, ckpt_step: int | None = None) -> Path:
     Raises:
         CheckpointError: it is not there, or damaged.
     """
-    checkpoint = layout.iteration_folder(folder, layout.choose_iteration(folder, ckpt_step))
-    layout.check_files(checkpoint)
+    checkpoint = storage.iteration_folder(folder, storage.choose_iteration(folder, ckpt_step))
+    storage.check_files(checkpoint)
     return checkpoint
 
 
@@ -76,11 +76,11 @@ def read_config(checkpoint: Path) -> RunConfig:
     Raises:
         CheckpointError: it was written by a version of this package with other settings.
     """
-    settings = yaml.safe_load((checkpoint / layout.CONFIG_FILE).read_text())
+    settings = yaml.safe_load((checkpoint / storage.CONFIG_FILE).read_text())
     try:
         return config_from_flat_dict(settings)
     except ConfigError as error:
-        raise CheckpointError(f"{checkpoint / layout.CONFIG_FILE}: {error}") from None
+        raise CheckpointError(f"{checkpoint / storage.CONFIG_FILE}: {error}") from None
 
 
 def load_checkpoint(
@@ -128,7 +128,7 @@ def load_checkpoint(
         _check_data(checkpoint, progress.data, data, config.checkpoint.override_data)
         progress.data = data
     here = ranks()
-    is_same_layout = plain["layout"] == layout_of(here)
+    is_same_layout = plain["layout"] == parallel_sizes(here)
 
     request: ShardedStateDict = {"model": model_state(modules)}
     if is_same_layout:

@@ -43,7 +43,7 @@ def random_state_object(ranks: Ranks, data: dict[str, Any] | None) -> ShardedObj
     return ShardedObject(
         RANDOM_STATE_KEY,
         data,
-        global_shape=tuple(layout(ranks).values()),
+        global_shape=tuple(parallel_sizes(ranks).values()),
         global_offset=(
             ranks.tensor_parallel_rank,
             ranks.pipeline_parallel_rank,
@@ -54,7 +54,7 @@ def random_state_object(ranks: Ranks, data: dict[str, Any] | None) -> ShardedObj
     )
 
 
-def layout(ranks: Ranks) -> dict[str, int]:
+def parallel_sizes(ranks: Ranks) -> dict[str, int]:
     """The shape of the layout: what random states depend on."""
     return {
         "tensor_parallel_size": ranks.tensor_parallel_size,

@@ -17,16 +17,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ponder.checkpoint import layout
+from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.optimizer_state import METADATA
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.rng import random_state
 from megatron_ponder.checkpoint.state import (
     complete_parameters,
     model_state,
+    parallel_sizes,
     random_state_object,
 )
-from megatron_ponder.checkpoint.state import layout as layout_of
 from megatron_ponder.config.parse import dump_yaml
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import CheckpointError
@@ -52,7 +52,7 @@ def prepare_folder(config: RunConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"--save {save}: cannot create the folder: {error}.") from None
-    stored = layout.stored_iterations(folder)
+    stored = storage.stored_iterations(folder)
     goes_on = load is not None and Path(load).resolve() == folder.resolve()
     if stored and not goes_on:
         raise CheckpointError(
@@ -79,7 +79,7 @@ def save_checkpoint(
     assert config.checkpoint.save is not None
     start_s = time.monotonic()
     folder = Path(config.checkpoint.save)
-    unfinished = layout.unfinished_folder(folder, progress.iteration)
+    unfinished = storage.unfinished_folder(folder, progress.iteration)
     if is_rank_zero():
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -97,7 +97,7 @@ def save_checkpoint(
             "opt_param_scheduler": scheduler.state_dict(),
             "rng_state": random_state_object(here, random_state()),
             "progress": progress.to_dict(),
-            "layout": layout_of(here),
+            "layout": parallel_sizes(here),
         },
         str(unfinished),
         FullyParallelSaveStrategyWrapper(
@@ -106,10 +106,10 @@ def save_checkpoint(
         ),
     )
     if is_rank_zero():
-        (unfinished / layout.CONFIG_FILE).write_text(dump_yaml(config))
-        layout.publish(folder, progress.iteration)
-        layout.prune(folder, progress.iteration, config.checkpoint.keep_checkpoints)
+        (unfinished / storage.CONFIG_FILE).write_text(dump_yaml(config))
+        storage.publish(folder, progress.iteration)
+        storage.prune(folder, progress.iteration, config.checkpoint.keep_checkpoints)
     dist.barrier()
-    checkpoint = layout.iteration_folder(folder, progress.iteration)
+    checkpoint = storage.iteration_folder(folder, progress.iteration)
     logger.info("saved checkpoint %s (%.1f s)", checkpoint, time.monotonic() - start_s)
     return checkpoint

@@ -236,13 +236,18 @@ def batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         )
         return
     num_microbatches = whole // (micro * replicas)
-    num_stages = config.parallel.pipeline_model_parallel_size
-    if num_microbatches % num_stages:
-        nearest = math.ceil(num_microbatches / num_stages) * num_stages * micro * replicas
+    num_pipeline_stages = config.parallel.pipeline_model_parallel_size
+    if num_microbatches % num_pipeline_stages:
+        nearest = (
+            math.ceil(num_microbatches / num_pipeline_stages)
+            * num_pipeline_stages
+            * micro
+            * replicas
+        )
         yield (
             f"--global-batch-size {whole}: gives each pipeline {num_microbatches} micro-batches, "
-            f"which must be a multiple of --pipeline-model-parallel-size {num_stages}. The next "
-            f"that works is {nearest}."
+            "which must be a multiple of --pipeline-model-parallel-size "
+            f"{num_pipeline_stages}. The next that works is {nearest}."
         )
 
 

@@ -115,7 +115,7 @@ def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None
     }
     given = config.to_flat_dict()
     config = config.replaced(**{k: v for k, v in defaults.items() if given[k] is None})
-    if config.method.reads_pause_token and config.method.pause_token_id is None:
+    if config.method.uses_pause_token and config.method.pause_token_id is None:
         return _with_pause_row(config, tokenizer_vocab_size or 0)
     return config
 
@@ -266,7 +266,7 @@ def _method(config: RunConfig) -> Iterator[str]:
             f"--max-jacobi-iterations {method.max_jacobi_iterations}."
         )
     vocab_size, pause = config.model.vocab_size, method.pause_token_id
-    if vocab_size is None or pause is None or not method.reads_pause_token:
+    if vocab_size is None or pause is None or not method.uses_pause_token:
         return
     if pause >= vocab_size:
         yield (

@@ -140,7 +140,7 @@ class MethodConfig:
     through all, as the paper does. Less memory and time, another gradient."""
 
     @property
-    def reads_pause_token(self) -> bool:
+    def uses_pause_token(self) -> bool:
         """Whether the vocabulary must have a row for the pause token."""
         return self.method == "pause"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ponder import log
-from megatron_ponder.checkpoint import layout
+from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.state import WEIGHTS_ONLY
 from megatron_ponder.config.parse import dump_yaml
@@ -73,7 +73,7 @@ def import_checkpoint(options: ImportOptions) -> None:
             logger.warning("--no-verify: the result was not compared with the folder")
     logger.info(
         "imported %s to %s. To train it: --config %s --load %s",
-        folder, target, layout.iteration_folder(target, 0) / layout.CONFIG_FILE, target,
+        folder, target, storage.iteration_folder(target, 0) / storage.CONFIG_FILE, target,
     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def _write(
 ) -> Path:
     """The whole checkpoint; returns the folder of its iteration."""
     check_space(folder, weights.num_bytes)
-    unfinished = layout.unfinished_folder(folder, 0)
+    unfinished = storage.unfinished_folder(folder, 0)
     unfinished.mkdir()
     common = {"progress": Progress().to_dict(), WEIGHTS_ONLY: True}
     with log.progress(weights.num_bytes, "writing weights", "B", unit_scale=True) as bar:
@@ -257,8 +257,8 @@ def _write(
 
         write_parameters(unfinished, parameters, fetch, common)
     open_settings = config.replaced(**dict.fromkeys(DERIVED_OF_RUN))
-    (unfinished / layout.CONFIG_FILE).write_text(dump_yaml(open_settings), encoding="utf-8")
-    return layout.publish(folder, 0)
+    (unfinished / storage.CONFIG_FILE).write_text(dump_yaml(open_settings), encoding="utf-8")
+    return storage.publish(folder, 0)
 
 
 def _verify(

@@ -100,8 +100,8 @@ class _Recomputed(Continuation):
         self._texts = [self._texts[row] for row in rows]
 
     def _logits(self) -> Tensor:
-        read = self._model.run_passes(_padded(self._texts), self._plan)
-        return _logits_at_ends(self._model, read, [len(text) for text in self._texts])
+        outputs = self._model.run_passes(_padded(self._texts), self._plan)
+        return _logits_at_ends(self._model, outputs, [len(text) for text in self._texts])
 
 
 class _Cached(Continuation):
@@ -123,7 +123,7 @@ class _Cached(Continuation):
         embeddings = self._model.embed(tokens)
         handed_on: Tensor | None = None
         for pass_ in self._plan.passes:
-            num_slots = tokens.size(1) * pass_.num_stages
+            num_slots = tokens.size(1) * pass_.slots_per_token
             if not self._decoding.shares_cache:
                 self._cache.keep_prompt(pass_.index, num_slots)
             elif self._plan.is_last(pass_):
@@ -143,12 +143,12 @@ class _Cached(Continuation):
         plan, num_earlier = self._decoding.plan, 0
         for pass_ in plan.passes:
             shares = self._decoding.shares_cache
-            stages = self._plan.passes[-1].num_stages if shares else pass_.num_stages
+            stages = self._plan.passes[-1].slots_per_token if shares else pass_.slots_per_token
             starts = [length * stages + num_earlier * shares for length in self._lengths]
             cache = 0 if shares else pass_.index
-            self._cache.add(cache, starts, pass_.num_stages, device())
+            self._cache.add(cache, starts, pass_.slots_per_token, device())
             handed_on = self._model.decode_pass(pass_, plan, embeddings, handed_on, at)
-            num_earlier += pass_.num_stages
+            num_earlier += pass_.slots_per_token
         assert handed_on is not None
         self._lengths = [length + 1 for length in self._lengths]
         return whole_logits(self._model, handed_on)[:, 0]
@@ -177,8 +177,8 @@ def _padded(texts: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device())
 
 
-def _logits_at_ends(model: PonderGPTModel, read: Tensor, lengths: Sequence[int]) -> Tensor:
+def _logits_at_ends(model: PonderGPTModel, outputs: Tensor, lengths: Sequence[int]) -> Tensor:
     """Logits at the last token of each row: [s, b, h] -> fp32 [b, v]."""
-    last = torch.tensor(lengths, device=read.device) - 1
-    rows = torch.arange(len(lengths), device=read.device)
-    return whole_logits(model, read[last, rows][None])[:, 0]
+    last = torch.tensor(lengths, device=outputs.device) - 1
+    rows = torch.arange(len(lengths), device=outputs.device)
+    return whole_logits(model, outputs[last, rows][None])[:, 0]

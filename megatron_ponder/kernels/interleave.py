@@ -72,15 +72,15 @@ def interleave(token_embeddings: Tensor, thoughts: Tensor | None) -> Tensor:
     return torch.cat((token_embeddings.unsqueeze(1), stages), dim=1).view(-1, b, h)
 
 
-def select_stages(hidden: Tensor, num_stages: int, stages: range) -> Tensor:
+def select_slots(hidden: Tensor, slots_per_token: int, stages: range) -> Tensor:
     """Consecutive stages of [s * n, b, h]: [s * m, b, h]; `hidden` itself where all are kept."""
-    if len(stages) == num_stages:
+    if len(stages) == slots_per_token:
         return hidden
     if uses_triton():
         from megatron_ponder.kernels.triton import interleave as kernel
 
-        return kernel.select_stages(hidden, num_stages, stages)
+        return kernel.select_slots(hidden, slots_per_token, stages)
     _, b, h = hidden.shape
     # [s*n, b, h] -> [s, m, b, h] -> [s*m, b, h]
-    kept = hidden.view(-1, num_stages, b, h)[:, stages.start : stages.stop]
+    kept = hidden.view(-1, slots_per_token, b, h)[:, stages.start : stages.stop]
     return kept.reshape(-1, b, h)

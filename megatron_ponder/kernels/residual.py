@@ -7,7 +7,7 @@
     backward
         add_branches            dx = dy = dt;  dc = sum of dt over all rows, one for all branches
         norm_beside_residual    dx = (gradient of x itself) + the norms', which is the formula of
-                                `kernels.stage_norm` with g = sum of dn_i w_i
+                                `kernels.slot_norm` with g = sum of dn_i w_i
         add_and_norm            dx = dy = dt + the norm's;  dc = sum of dx over all rows
 
 Composed, a bias is added in a launch of its own, each norm reads what was just written, and

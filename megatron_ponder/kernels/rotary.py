@@ -23,23 +23,23 @@ from torch import Tensor
 from megatron_ponder.kernels.dispatch import uses_triton
 
 
-def rotary_table(angles: Tensor, num_stages: int, dtype: torch.dtype) -> Tensor:
+def rotary_table(angles: Tensor, slots_per_token: int, dtype: torch.dtype) -> Tensor:
     """Cosines and sines for an interleaved sequence.
 
     Args:
         angles: fp32 [s, 1, 1, 2r], from megatron-core's RotaryEmbedding (both halves are equal).
-        num_stages: slots per token, which share its angles.
+        slots_per_token: slots per token, which share its angles.
         dtype: of the table in torch.
 
     Returns:
-        [2, s * num_stages, 1, 1, r]: cosines, then sines; with Triton fp32 [2, s, 1, 1, r].
+        [2, s * slots_per_token, 1, 1, r]: cosines, then sines; with Triton fp32 [2, s, 1, 1, r].
     """
     half = angles[..., : angles.size(-1) // 2]
     table = torch.stack((half.cos(), half.sin()))
     if uses_triton():
         return table
     table = table.to(dtype)
-    return table.repeat_interleave(num_stages, dim=1)
+    return table.repeat_interleave(slots_per_token, dim=1)
 
 
 def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,8 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from megatron_ponder.kernels.rotary import split_and_rotate
 from megatron_ponder.model.cache import KeyValueCache
 from megatron_ponder.model.context_parallel import chunks_of, gather_sequence
-from megatron_ponder.model.recomputation import made_again
-from megatron_ponder.model.stages import keep_stages
+from megatron_ponder.model.output_slots import keep_slots
+from megatron_ponder.model.selective_recompute import made_again
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -167,7 +167,7 @@ class RotarySelfAttention(SelfAttention):
 
         Args:
             hidden_states: [slots, b, h] (this rank's slots under sequence parallelism).
-            attention_mask: which stages are read (`model.stages.kept_stages`); None: all.
+            attention_mask: which stages are read (`model.output_slots.kept_slots`); None: all.
             rotary_pos_emb: from `kernels.rotary.rotary_table`; None without rotary positions.
             unused: what megatron-core's layer passes for its own forward; all None.
 
@@ -188,7 +188,7 @@ class RotarySelfAttention(SelfAttention):
         context = self.core_attention(
             query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.causal
         )
-        return self.linear_proj(keep_stages(context, attention_mask))
+        return self.linear_proj(keep_slots(context, attention_mask))
 
     def _norm_heads(self, mixed: Tensor) -> Tensor:
         """Queries and keys normed, each head by itself: [slots, b, groups, (n + 2) * d], both."""

@@ -83,13 +83,13 @@ class PonderEmbedding(MegatronModule):
         return embeddings
 
     def add_positions(
-        self, slots: Tensor, num_stages: int, positions: Tensor | None = None
+        self, slots: Tensor, slots_per_token: int, positions: Tensor | None = None
     ) -> Tensor:
         """Add to every slot the learned position of its token; nothing if positions are rotary.
 
         Args:
-            slots: [s * num_stages, b, h], interleaved (this rank's shard).
-            num_stages: slots per token.
+            slots: [s * slots_per_token, b, h], interleaved (this rank's shard).
+            slots_per_token: slots per token.
             positions: int64 [b] where there is one token per row: its place in the row's text.
                 None: the tokens are all of the text.
         """
@@ -97,7 +97,7 @@ class PonderEmbedding(MegatronModule):
             return slots
         if positions is not None:
             return slots + self.position_embeddings.weight[positions]
-        return self.position_embeddings(slots, num_stages)
+        return self.position_embeddings(slots, slots_per_token)
 
     def _dropout(self, embeddings: Tensor) -> Tensor:
         """Dropout, with other masks on each rank where ranks hold other slots."""
@@ -172,13 +172,13 @@ class LearnedPositions(torch.nn.Module):
         self._cp_group = pg_collection.cp
         self._tp_group = pg_collection.tp if config.sequence_parallel else None
 
-    def forward(self, slots: Tensor, num_stages: int) -> Tensor:
-        """[s * num_stages, b, h] (this rank's shard) plus the vector of each slot's token."""
+    def forward(self, slots: Tensor, slots_per_token: int) -> Tensor:
+        """[s * slots_per_token, b, h] (this rank's shard) plus the vector of each slot's token."""
         num_slots, b, h = slots.shape
-        num_tokens = num_slots // num_stages
+        num_tokens = num_slots // slots_per_token
         positions = self._local_rows(num_tokens)
         # [s*n, b, h] -> [s, n, b, h], plus [s, 1, 1, h]
-        by_token = slots.view(num_tokens, num_stages, b, h) + positions[:, None, None, :]
+        by_token = slots.view(num_tokens, slots_per_token, b, h) + positions[:, None, None, :]
         return by_token.view(num_slots, b, h)
 
     def _local_rows(self, num_tokens: int) -> Tensor:

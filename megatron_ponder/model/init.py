@@ -67,10 +67,10 @@ def _small_init_std(name: str, config: RunConfig) -> float:
     std = math.sqrt(2 / (5 * config.model.hidden_size))
     if not name.endswith(RESIDUAL_PROJECTIONS):
         return std
-    num_stages = config.method.num_latent_thoughts + 1
+    slots_per_token = config.method.num_latent_thoughts + 1
     depth = 2 * config.model.num_layers
     if config.model.small_init_depth_counts_thoughts:
-        depth *= num_stages
+        depth *= slots_per_token
     return std / math.sqrt(depth)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_ponder.kernels.residual import Branch, add_branches
 from megatron_ponder.model.norm import add_and_norm, norm_beside_residual, norm_kept
-from megatron_ponder.model.recomputation import made_again, remembering_how
-from megatron_ponder.model.stages import keep_stages
+from megatron_ponder.model.output_slots import keep_slots
+from megatron_ponder.model.selective_recompute import made_again, remembering_how
 
 
 class SequentialResidualLayer(TransformerLayer):
@@ -41,7 +41,7 @@ class SequentialResidualLayer(TransformerLayer):
 
         Args:
             hidden_states: [slots, b, h].
-            attention_mask: which stages are read, from `kept_stages`; None: all.
+            attention_mask: which stages are read, from `kept_slots`; None: all.
             rotary_pos_emb: from `kernels.rotary.rotary_table`.
             unused: what megatron-core's block passes besides.
 
@@ -59,7 +59,7 @@ class SequentialResidualLayer(TransformerLayer):
         """The layer's output."""
         residual, normed = norm_beside_residual(hidden_states, self.input_layernorm)
         attention = self.self_attention(normed, kept, rotary_pos_emb=rotary_pos_emb)
-        residual = keep_stages(residual, kept)
+        residual = keep_slots(residual, kept)
         if self._has_dropout:
             residual = self._add(residual, attention)
             residual, normed = norm_beside_residual(residual, self.pre_mlp_layernorm)
@@ -101,7 +101,7 @@ class ParallelResidualLayer(SequentialResidualLayer):
             residual, for_attention, for_mlp = norm_beside_residual(hidden_states, *norms)
         else:
             whole, for_attention = norm_beside_residual(hidden_states, norms[0])
-            residual = keep_stages(whole, kept)
+            residual = keep_slots(whole, kept)
             for_mlp = made_again(functools.partial(norm_kept, norms[1], kept=kept), whole)
         attention = self.self_attention(for_attention, kept, rotary_pos_emb=rotary_pos_emb)
         return self._add(residual, attention, self.mlp(for_mlp))

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ponder.kernels.dispatch import uses_triton
 from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.swiglu import swiglu
-from megatron_ponder.model.recomputation import made_again
+from megatron_ponder.model.selective_recompute import made_again
 
 
 class SwigluMLP(MLP):

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_ponder.kernels import residual as kernels
 from megatron_ponder.kernels.rms_norm import rms_norm
-from megatron_ponder.kernels.stage_norm import norm_stages
-from megatron_ponder.model.recomputation import note_how
-from megatron_ponder.model.stages import keep_stages, stages_of
+from megatron_ponder.kernels.slot_norm import norm_slots
+from megatron_ponder.model.output_slots import keep_slots, slots_of
+from megatron_ponder.model.selective_recompute import note_how
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -50,11 +50,11 @@ def norm_kept(norm: torch.nn.Module, hidden: Tensor, kept: Tensor | None) -> Ten
     Fused for our norms. TransformerEngine's layers have theirs inside and the identity here.
     """
     if kept is None or not isinstance(norm, RMSNorm | LayerNorm):
-        return norm(keep_stages(hidden, kept))
+        return norm(keep_slots(hidden, kept))
     weight, bias = norm()
     is_layer_norm = isinstance(norm, LayerNorm)
-    return norm_stages(
-        hidden, *stages_of(kept), weight, bias, _eps(norm), is_layer_norm=is_layer_norm
+    return norm_slots(
+        hidden, *slots_of(kept), weight, bias, _eps(norm), is_layer_norm=is_layer_norm
     )
 
 

@@ -40,9 +40,9 @@ from megatron_ponder.model.embedding_copy import EmbeddingCopy, mark_as_replicat
 from megatron_ponder.model.mixture import mix_embeddings
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.output_layer import OutputLayer
+from megatron_ponder.model.output_slots import kept_slots
 from megatron_ponder.model.padded_vocab import mask_padded_columns
 from megatron_ponder.model.rotary_frequencies import build_rotary_embedding
-from megatron_ponder.model.stages import kept_stages
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.plan import Pass, PassPlan
 
@@ -193,10 +193,10 @@ class PonderGPTModel(LanguageModule):
             tokens: int64 [b, s].
             labels: int64 [b, s]; None for logits.
             received: on the first stage the carry of the pass before (None in the first pass); on
-                the others the hidden states of the stage before, [s * stages, b, h].
+                the others the hidden states of the stage before, [s * slots, b, h].
 
         Returns:
-            Hidden states [s * stages, b, h]; on the last stage the carry [s * read stages, b, h],
+            Hidden states [s * slots, b, h]; on the last stage the carry [s * output slots, b, h],
             or in the last pass what `forward` returns.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
@@ -246,8 +246,8 @@ class PonderGPTModel(LanguageModule):
         hidden = self.run_layers(pass_, hidden)
         if not self.post_process:
             return hidden if beside is None else torch.cat((hidden, beside))
-        read = self.read(pass_, hidden)
-        return read if plan.is_last(pass_) else self.build_carry(pass_, read, beside)
+        outputs = self.norm_outputs(pass_, hidden)
+        return outputs if plan.is_last(pass_) else self.build_carry(pass_, outputs, beside)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Scaled embeddings of the tokens and of those that the method puts behind each of them."""
@@ -273,27 +273,27 @@ class PonderGPTModel(LanguageModule):
         slots = self.method.build_decoding_input(pass_, embeddings, received)
         hidden = slots
         if pass_.add_positions:
-            hidden = self.embedding.add_positions(slots, pass_.num_stages, at.positions)
-        read = self.read(pass_, self.run_layers(pass_, hidden, at.rotary))
+            hidden = self.embedding.add_positions(slots, pass_.slots_per_token, at.positions)
+        outputs = self.norm_outputs(pass_, self.run_layers(pass_, hidden, at.rotary))
         if plan.is_last(pass_):
-            return read
-        return self.build_carry(pass_, read, slots if pass_.carries_input else None)
+            return outputs
+        return self.build_carry(pass_, outputs, slots if pass_.carries_input else None)
 
     def add_positions(self, pass_: Pass, slots: Tensor) -> Tensor:
-        """The input of the first layer, [s * stages, b, h] (local under sequence parallelism)."""
+        """The input of the first layer, [s * slots, b, h] (local under sequence parallelism)."""
         if not pass_.add_positions:
             return slots
-        return self.embedding.add_positions(slots, pass_.num_stages)
+        return self.embedding.add_positions(slots, pass_.slots_per_token)
 
-    def build_carry(self, pass_: Pass, read: Tensor, pass_input: Tensor | None) -> Tensor:
-        """What the pass hands on, [s * read stages, b, h]."""
-        return self.method.build_carry(pass_, read, self.mix, pass_input)
+    def build_carry(self, pass_: Pass, outputs: Tensor, pass_input: Tensor | None) -> Tensor:
+        """What the pass hands on, [s * output slots, b, h]."""
+        return self.method.build_carry(pass_, outputs, self.mix, pass_input)
 
-    def mix(self, read: Tensor) -> Tensor:
+    def mix(self, outputs: Tensor) -> Tensor:
         """softmax(output layer) times the scaled embeddings, [slots, b, h] -> [slots, b, h]."""
         settings = self.method.config
         mixture = mix_embeddings(
-            self.compute_logits(read),
+            self.compute_logits(outputs),
             self.mixed_embeddings(),
             self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
@@ -332,43 +332,43 @@ class PonderGPTModel(LanguageModule):
 
         Args:
             pass_: the pass.
-            hidden: [s * stages, b, h] (local under sequence and context parallelism).
+            hidden: [s * slots, b, h] (local under sequence and context parallelism).
             rotary: what queries and keys are rotated by, where `hidden` is not a whole text.
 
         Returns:
-            [s * stages, b, h], or on the last stage [s * read stages, b, h]: the last layer gives
+            [s * slots, b, h], or on the last stage [s * output slots, b, h]: the last layer gives
             the slots that are read only.
         """
         if rotary is None and self.rotary_pos_emb is not None:
-            num_tokens = self._num_tokens(hidden.size(0) // pass_.num_stages)
-            rotary = self.rotary_of(num_tokens, pass_.num_stages, hidden.dtype)
+            num_tokens = self._num_tokens(hidden.size(0) // pass_.slots_per_token)
+            rotary = self.rotary_of(num_tokens, pass_.slots_per_token, hidden.dtype)
         if not self.pre_process:  # a block without the embedding reads its input from here
             self.decoder.set_input_tensor(hidden)
-        return self.decoder(hidden, attention_mask=kept_stages(pass_), rotary_pos_emb=rotary)
+        return self.decoder(hidden, attention_mask=kept_slots(pass_), rotary_pos_emb=rotary)
 
-    def rotary_of(self, num_tokens: int, num_stages: int, dtype: torch.dtype) -> Tensor:
+    def rotary_of(self, num_tokens: int, slots_per_token: int, dtype: torch.dtype) -> Tensor:
         """The table of `kernels.rotary` for a text (this rank's shard of it)."""
         assert self.rotary_pos_emb is not None
         angles = self.rotary_pos_emb.get_emb(num_tokens)
         angles = local_shard(angles, dim=0, group=self.pg_collection.cp)
-        return rotary_table(angles, num_stages, dtype)
+        return rotary_table(angles, slots_per_token, dtype)
 
     def _num_tokens(self, num_tokens_local: int) -> int:
         """Tokens of the whole sequence, from those whose slots this rank has."""
         tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         return num_tokens_local * tp_size * self.pg_collection.cp.size()
 
-    def read(self, pass_: Pass, hidden: Tensor) -> Tensor:
-        """What the layers gave, normed if the pass says so: [s * read stages, b, h]."""
+    def norm_outputs(self, pass_: Pass, hidden: Tensor) -> Tensor:
+        """What the layers gave, normed if the pass says so: [s * output slots, b, h]."""
         return self.final_norm(hidden) if pass_.final_norm else hidden
 
-    def compute_output(self, read: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits, or the loss of each token; see `forward`. `read` is [s, b, h]."""
+    def compute_output(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
+        """Logits, or the loss of each token; see `forward`. `outputs` is [s, b, h]."""
         if labels is not None and self.config.cross_entropy_loss_fusion:
             # [b, s] -> [s, b], and the losses back
-            losses = self.output_layer(read, self._tied_weight(), labels=labels.t())
+            losses = self.output_layer(outputs, self._tied_weight(), labels=labels.t())
             return losses.t().contiguous()
-        logits = self.compute_logits(read)
+        logits = self.compute_logits(outputs)
         if labels is None:
             return logits.transpose(0, 1)
         return self.compute_language_model_loss(labels, logits)
@@ -379,9 +379,9 @@ class PonderGPTModel(LanguageModule):
             return self.shared_embedding_or_output_weight()
         return None
 
-    def compute_logits(self, read: Tensor) -> Tensor:
+    def compute_logits(self, outputs: Tensor) -> Tensor:
         """The output layer: [slots, b, h] (local) -> [slots, b, padded vocabulary / tp]."""
-        logits, _ = self.output_layer(read, self._tied_weight())
+        logits, _ = self.output_layer(outputs, self._tied_weight())
         assert self.shape.vocab_size is not None
         return mask_padded_columns(logits, self.shape.vocab_size, self.pg_collection.tp)
 

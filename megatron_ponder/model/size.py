@@ -130,14 +130,14 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
     head = 2 * seq_length * model.hidden_size * model.vocab_size
     passes = []
     for pass_ in plan.passes:
-        slots, read_slots = pass_.num_stages * seq_length, pass_.num_read_stages * seq_length
+        slots, read_slots = pass_.slots_per_token * seq_length, pass_.outputs_per_token * seq_length
         last_layer = slots * weights[0] + read_slots * sum(weights[1:])
         passes.append(
             PassFlops(
                 linear=2 * ((model.num_layers - 1) * slots * sum(weights) + last_layer),
                 attention=model.num_layers * 2 * slots**2 * attention_width,
                 head=head if plan.is_last(pass_) else 0,
-                mixture=2 * head * pass_.num_read_stages if pass_.mixes_embeddings else 0,
+                mixture=2 * head * pass_.outputs_per_token if pass_.mixes_embeddings else 0,
                 has_grad=plan.has_grad(pass_),
             )
         )

@@ -53,16 +53,16 @@ class PassCommunicator(P2PCommunicator):
         forward_only: bool,
     ) -> None:
         super().__init__(pp_group=process_groups().pp, config=config)
-        stage, num_stages = self.pp_group.rank(), self.pp_group.size()
-        table = get_schedule_table(num_microbatches, len(chunks), num_stages)
+        stage, num_pipeline_stages = self.pp_group.rank(), self.pp_group.size()
+        table = get_schedule_table(num_microbatches, len(chunks), num_pipeline_stages)
         order = [chunks[chunk] for _, chunk in table]
         self._activation_lengths = _activation_lengths(order, chunks, is_first=stage == 0)
         self._gradient_lengths = _gradient_lengths(
-            [] if forward_only else order, chunks, is_last=stage == num_stages - 1
+            [] if forward_only else order, chunks, is_last=stage == num_pipeline_stages - 1
         )
         self._num_tokens_local = num_tokens_local
         self._micro_batch_size = micro_batch_size
-        self._max_sends = max_sends_kept(num_stages, len(chunks))
+        self._max_sends = max_sends_kept(num_pipeline_stages, len(chunks))
         self._sent_activations: Sends = collections.deque()
         self._sent_gradients: Sends = collections.deque()
 
@@ -142,12 +142,12 @@ class PassCommunicator(P2PCommunicator):
                 sends.popleft()[0].wait()
         return received, _Handle(works[-1] if received is not None else None)
 
-    def _empty(self, num_stages: int | None) -> Tensor | None:
+    def _empty(self, slots_per_token: int | None) -> Tensor | None:
         """A tensor for a message of so many slots per token; None for one that is not sent."""
-        if num_stages is None:
+        if slots_per_token is None:
             return None
         return torch.empty(
-            self._num_tokens_local * num_stages,
+            self._num_tokens_local * slots_per_token,
             self._micro_batch_size,
             self.config.hidden_size,
             dtype=self.config.pipeline_dtype,
@@ -176,8 +176,8 @@ def _activation_lengths(
     The first stage receives what the last one hands on from each chunk but the last.
     """
     if is_first:
-        return iter([c.num_stages_handed_on for c in order if c is not chunks[-1]])
-    return iter([c.num_stages_inside for c in order])
+        return iter([c.handed_on_per_token for c in order if c is not chunks[-1]])
+    return iter([c.sent_per_token for c in order])
 
 
 def _gradient_lengths(order: Sequence[Chunk], chunks: Sequence[Chunk], *, is_last: bool) -> Lengths:
@@ -188,5 +188,5 @@ def _gradient_lengths(order: Sequence[Chunk], chunks: Sequence[Chunk], *, is_las
     backward_order = [chunks[-1 - c.index] for c in order]
     if is_last:
         producers = [chunks[c.index - 1] for c in backward_order if c.index > 0]
-        return iter([c.num_stages_handed_on if c.has_grad else None for c in producers])
-    return iter([c.num_stages_inside if c.has_grad else None for c in backward_order])
+        return iter([c.handed_on_per_token if c.has_grad else None for c in producers])
+    return iter([c.sent_per_token if c.has_grad else None for c in backward_order])

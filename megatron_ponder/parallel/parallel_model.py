@@ -24,7 +24,7 @@ from megatron_ponder.model.init import name_in_whole_model
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.plan import PassPlan
-from megatron_ponder.ponder.schedule import possible_plans
+from megatron_ponder.ponder.training_plan import possible_plans
 from megatron_ponder.runtime.distributed import process_groups
 
 
@@ -141,4 +141,4 @@ def _has_gradient_of_embedding(plan: PassPlan) -> bool:
     """Whether the embedding, and its copy on the last pipeline stage, get a gradient."""
     passes = [pass_ for pass_ in plan.passes if plan.has_grad(pass_)]
     mixes = not plan.mixes_embeddings or any(pass_.mixes_embeddings for pass_ in passes)
-    return mixes and any(pass_.reads_tokens for pass_ in passes)
+    return mixes and any(pass_.embeds_tokens for pass_ in passes)

@@ -50,26 +50,26 @@ class ActivationCounter:
         """For a resolved run."""
         return cls(config=config, shards=shards_of(config))
 
-    def rows(self, num_stages: int) -> int:
-        """Slots of a micro-batch that hold `num_stages` per token."""
-        return num_stages * self.shards.tokens * self.shards.micro_batch_size
+    def rows(self, slots_per_token: int) -> int:
+        """Slots of a micro-batch that hold `slots_per_token` per token."""
+        return slots_per_token * self.shards.tokens * self.shards.micro_batch_size
 
-    def hidden_bytes(self, num_stages: int) -> int:
+    def hidden_bytes(self, slots_per_token: int) -> int:
         """One tensor of the residual stream."""
         size = self.shards
-        rows = self.rows(num_stages) // size.sequence_shards
+        rows = self.rows(slots_per_token) // size.sequence_shards
         return rows * size.hidden_size * size.element_bytes
 
     def layer_bytes(self, pass_: Pass, *, is_last_layer: bool) -> int:
         """What one layer keeps."""
-        read = pass_.num_read_stages if is_last_layer else pass_.num_stages
+        read = pass_.outputs_per_token if is_last_layer else pass_.slots_per_token
         return self._attention_bytes(pass_, read) + self._mlp_bytes(pass_, read)
 
     def _attention_bytes(self, pass_: Pass, num_read: int) -> int:
         """Norm 1 to the input of the output projection."""
         size = self.shards
-        rows = self.rows(pass_.num_stages)
-        kept = self._norm_bytes(pass_.num_stages)
+        rows = self.rows(pass_.slots_per_token)
+        kept = self._norm_bytes(pass_.slots_per_token)
         kept += rows * (2 * size.attention_width + 2 * size.key_value_width) * size.element_bytes
         kept += rows * size.num_heads * FP32_BYTES
         if self.config.model.qk_layernorm:
@@ -78,9 +78,9 @@ class ActivationCounter:
             kept += self._gathered_bytes(rows)
         # One stage of several is a view of the whole; more than one are copied.
         is_copied = size.rotated_channels > 0 or size.context_parallel_size > 1
-        if self._is_selective and num_read == pass_.num_stages:
+        if self._is_selective and num_read == pass_.slots_per_token:
             is_copied = size.context_parallel_size > 1
-        if 1 < num_read < pass_.num_stages:
+        if 1 < num_read < pass_.slots_per_token:
             rows, is_copied = self.rows(num_read), True
         if is_copied:
             kept += rows * size.attention_width * size.element_bytes
@@ -90,10 +90,12 @@ class ActivationCounter:
     def _is_selective(self) -> bool:
         return self.config.training.recompute_granularity == "selective"
 
-    def _norm_bytes(self, num_stages: int, *, is_input_kept: bool = True) -> int:
+    def _norm_bytes(self, slots_per_token: int, *, is_input_kept: bool = True) -> int:
         """A norm's input and statistics, and its output unless that is made again."""
         num_kept = is_input_kept + (not self._is_selective)
-        return num_kept * self.hidden_bytes(num_stages) + self._statistics_bytes(num_stages)
+        return num_kept * self.hidden_bytes(slots_per_token) + self._statistics_bytes(
+            slots_per_token
+        )
 
     def _head_norm_bytes(self, rows: int) -> int:
         """The joint projection before the norms of queries and keys, and a number or two a head."""
@@ -115,7 +117,9 @@ class ActivationCounter:
     def _mlp_bytes(self, pass_: Pass, num_read: int) -> int:
         """Norm 2 to the input of the second projection."""
         size = self.shards
-        is_kept_apart = not self.config.model.parallel_residual or 1 < num_read < pass_.num_stages
+        is_kept_apart = (
+            not self.config.model.parallel_residual or 1 < num_read < pass_.slots_per_token
+        )
         kept = self._norm_bytes(num_read, is_input_kept=is_kept_apart)
         width = size.ffn_input_width + (0 if self._is_selective else size.ffn_width)
         kept += self.rows(num_read) * width * size.element_bytes
@@ -124,21 +128,21 @@ class ActivationCounter:
             kept += masks // size.element_bytes * MASK_BYTES
         return kept
 
-    def _statistics_bytes(self, num_stages: int) -> int:
+    def _statistics_bytes(self, slots_per_token: int) -> int:
         """A norm's numbers per row: RMSNorm one, LayerNorm two."""
         count = 2 if self.config.model.normalization == "LayerNorm" else 1
-        return count * self.rows(num_stages) // self.shards.sequence_shards * FP32_BYTES
+        return count * self.rows(slots_per_token) // self.shards.sequence_shards * FP32_BYTES
 
     def rotary_bytes(self, pass_: Pass) -> int:
         """The table of a pass, which all its layers share."""
         size = self.shards
-        return pass_.num_stages * size.tokens * size.rotated_channels * size.element_bytes
+        return pass_.slots_per_token * size.tokens * size.rotated_channels * size.element_bytes
 
     def final_norm_bytes(self, pass_: Pass) -> int:
         """The norm behind the last layer."""
         if not pass_.final_norm:
             return 0
-        read = pass_.num_read_stages
+        read = pass_.outputs_per_token
         return self.hidden_bytes(read) + self._statistics_bytes(read)
 
     def head_bytes(self) -> int:
@@ -163,10 +167,10 @@ class ActivationCounter:
         """A mixture of embeddings: the output layer's input, the probabilities, the mixture."""
         if not pass_.mixes_embeddings:
             return 0
-        read, size = pass_.num_read_stages, self.shards
+        read, size = pass_.outputs_per_token, self.shards
         probabilities = self.rows(read) * size.vocab_rows * size.element_bytes
         return probabilities + 2 * self.hidden_bytes(read)
 
     def carry_bytes(self, chunk: Chunk) -> int:
         """What the last stage hands on from a chunk."""
-        return self.hidden_bytes(chunk.num_stages_handed_on)
+        return self.hidden_bytes(chunk.handed_on_per_token)

@@ -46,10 +46,10 @@ def stage_traffic(
         world_size: ranks.
         num_microbatches: of a step on each data-parallel rank.
     """
-    num_stages = config.parallel.pipeline_model_parallel_size
+    num_pipeline_stages = config.parallel.pipeline_model_parallel_size
     chunks = cut_into_chunks(plan, config.parallel.num_virtual_stages_per_pipeline_rank)
     result = []
-    for stage in range(num_stages):
+    for stage in range(num_pipeline_stages):
         counter = StageTraffic(config, plan, stage)
         result.append(
             Traffic(
@@ -70,14 +70,14 @@ class StageTraffic:
 
     def __init__(self, config: RunConfig, plan: PassPlan, stage: int) -> None:
         self.config, self.plan, self.stage = config, plan, stage
-        self.num_stages = config.parallel.pipeline_model_parallel_size
+        self.num_pipeline_stages = config.parallel.pipeline_model_parallel_size
         self.layers = layers_by_stage(config)[stage]
         self.counter = ActivationCounter.of(config)
         size = config.parallel.tensor_model_parallel_size
         self.tensor_share = (size - 1) / size
 
     def _is_end(self, chunk: Chunk) -> bool:
-        return self.stage == self.num_stages - 1 and chunk.is_last_of_pass
+        return self.stage == self.num_pipeline_stages - 1 and chunk.is_last_of_pass
 
     def _is_start(self, chunk: Chunk) -> bool:
         return self.stage == 0 and chunk.layer_chunk == 0
@@ -97,7 +97,7 @@ class StageTraffic:
         """Of one micro-batch, as multiples of one gather or scatter of the residual stream."""
         is_sharded = self.config.parallel.sequence_parallel
         shards = self.counter.shards.sequence_shards
-        inside = self.counter.hidden_bytes(chunk.pass_.num_stages) * shards
+        inside = self.counter.hidden_bytes(chunk.pass_.slots_per_token) * shards
         one_stage = self.counter.hidden_bytes(1) * shards
         # Two modules, each with an all-reduce or a gather and a scatter; under sequence
         # parallelism the backward gathers the modules' inputs once more.
@@ -106,13 +106,13 @@ class StageTraffic:
         amount *= self.layers[chunk.layer_chunk]
         if self._is_end(chunk):
             # In the last layer all but QKV's input has only the slots that are read.
-            read = self.counter.hidden_bytes(chunk.pass_.num_read_stages) * shards
+            read = self.counter.hidden_bytes(chunk.pass_.outputs_per_token) * shards
             less = (3 if is_sharded else 4) * self._num_forwards(chunk)
             less += (4 if is_sharded else 2) if chunk.has_grad else 0
             amount -= less * (inside - read)
         if self._is_end(chunk) and self.plan.is_last(chunk.pass_):
             amount += (3 if is_sharded else 2) * one_stage
-        if self._is_start(chunk) and (self.num_stages > 1 or chunk.index == 0):
+        if self._is_start(chunk) and (self.num_pipeline_stages > 1 or chunk.index == 0):
             embedded = one_stage * (1 + len(load_method(self.config.method).extra_token_ids))
             amount += (2 if is_sharded and chunk.has_grad else 1 if is_sharded else 2) * embedded
         if self._is_end(chunk) and chunk.pass_.mixes_embeddings:
@@ -122,7 +122,7 @@ class StageTraffic:
     def _mixture_bytes(self, chunk: Chunk) -> float:
         """Of one micro-batch: mixtures and the output layer's gradient, and a softmax's numbers."""
         is_sharded = self.config.parallel.sequence_parallel
-        read = chunk.pass_.num_read_stages
+        read = chunk.pass_.outputs_per_token
         slots = self.counter.hidden_bytes(read) * self.counter.shards.sequence_shards
         numbers = self.counter.rows(read) * FP32_BYTES
         # The largest logit and the sum are all-reduced; the backward gathers one number if sharded.
@@ -148,7 +148,7 @@ class StageTraffic:
         norm = 2 if model.normalization == "LayerNorm" else 1
         _, has_bias_behind_attention, _, has_bias_behind_mlp = linear_biases(model)
         rows = sum(self.layers) * (2 * norm + has_bias_behind_attention + has_bias_behind_mlp)
-        if self.stage == self.num_stages - 1:
+        if self.stage == self.num_pipeline_stages - 1:
             rows += norm
         if self.stage == 0 and model.position_embedding_type == "learned_absolute":
             assert model.max_position_embeddings is not None
@@ -159,7 +159,7 @@ class StageTraffic:
     def context_bytes(self, chunk: Chunk) -> int:
         """Of one micro-batch: keys and values gathered, their gradients scattered."""
         size = self.counter.shards
-        rows = self.counter.rows(chunk.pass_.num_stages)
+        rows = self.counter.rows(chunk.pass_.slots_per_token)
         gathered = rows * 2 * size.key_value_width * size.element_bytes
         times = self._num_forwards(chunk) + (1 if chunk.has_grad else 0)
         others = size.context_parallel_size - 1
@@ -167,17 +167,17 @@ class StageTraffic:
 
     def pipeline_bytes(self, chunk: Chunk, num_chunks: int) -> int:
         """Of one micro-batch: the chunk's output, and its input's gradient."""
-        if self.num_stages == 1:
+        if self.num_pipeline_stages == 1:
             return 0
         sent = 0
-        if self.stage < self.num_stages - 1:
-            sent += self.counter.hidden_bytes(chunk.num_stages_inside)
+        if self.stage < self.num_pipeline_stages - 1:
+            sent += self.counter.hidden_bytes(chunk.sent_per_token)
         elif chunk.index < num_chunks - 1:
             sent += self.counter.carry_bytes(chunk)
         if not chunk.has_grad:
             return sent
         if self.stage > 0:
-            return sent + self.counter.hidden_bytes(chunk.num_stages_inside)
+            return sent + self.counter.hidden_bytes(chunk.sent_per_token)
         before = cut_into_chunks(self.plan, len(self.layers))[chunk.index - 1]
         if chunk.index > 0 and before.has_grad:
             sent += self.counter.carry_bytes(before)
@@ -197,7 +197,11 @@ class StageTraffic:
         """An all-reduce between two ranks sends the table once."""
         is_tied = not self.config.model.untie_embeddings_and_output_weights
         is_replicated = is_tied or has_embedding_copy(self.config)
-        if not is_replicated or self.num_stages == 1 or self.stage not in (0, self.num_stages - 1):
+        if (
+            not is_replicated
+            or self.num_pipeline_stages == 1
+            or self.stage not in (0, self.num_pipeline_stages - 1)
+        ):
             return 0
         size = self.counter.shards
         return size.vocab_rows * size.hidden_size * FP32_BYTES

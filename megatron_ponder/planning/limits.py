@@ -10,7 +10,7 @@ from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.planning.memory import stage_memory
-from megatron_ponder.planning.recomputation import KEEP_ALL, recomputations
+from megatron_ponder.planning.recompute import KEEP_ALL, recomputations
 from megatron_ponder.planning.work import chunk_flops
 from megatron_ponder.ponder.plan import PassPlan
 

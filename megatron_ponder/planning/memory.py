@@ -91,7 +91,7 @@ def count_local_parameters(config: RunConfig, stage: int) -> int:
         stage: the pipeline stage.
     """
     size, model = ActivationCounter.of(config).shards, config.model
-    num_stages = config.parallel.pipeline_model_parallel_size
+    num_pipeline_stages = config.parallel.pipeline_model_parallel_size
     norm = size.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
     count = sum(layers_by_stage(config)[stage]) * (_layer_weights(config) + 2 * norm)
     table = size.vocab_rows * size.hidden_size
@@ -100,10 +100,10 @@ def count_local_parameters(config: RunConfig, stage: int) -> int:
         if model.position_embedding_type == "learned_absolute":
             assert model.max_position_embeddings is not None
             count += model.max_position_embeddings * size.hidden_size
-    if stage == num_stages - 1:
+    if stage == num_pipeline_stages - 1:
         # Tied embeddings are one table where both ends are on one rank, and a copy where not.
         is_untied = model.untie_embeddings_and_output_weights
-        count += norm + (table if is_untied or num_stages > 1 else 0)
+        count += norm + (table if is_untied or num_pipeline_stages > 1 else 0)
         count += table if has_embedding_copy(config) else 0
     return count
 
@@ -142,13 +142,13 @@ class _StagePeak:
     ) -> None:
         parallel = config.parallel
         self.config, self.plan, self.stage = config, plan, stage
-        self.num_stages = parallel.pipeline_model_parallel_size
+        self.num_pipeline_stages = parallel.pipeline_model_parallel_size
         self.num_layer_chunks = parallel.num_virtual_stages_per_pipeline_rank
         self.layers = layers_by_stage(config)[stage]
         self.chunks = cut_into_chunks(plan, self.num_layer_chunks)
         self.counter = ActivationCounter.of(config)
         self.pipeline = Pipeline(
-            num_stages=self.num_stages,
+            num_pipeline_stages=self.num_pipeline_stages,
             num_chunks=len(self.chunks),
             num_microbatches=num_microbatches,
         )
@@ -158,7 +158,7 @@ class _StagePeak:
         kept = [self._kept_bytes(chunk) for chunk in self.chunks]
         backward = [self._backward_bytes(chunk) for chunk in self.chunks]
         sent = {False: self._sent_forward_bytes(), True: self._sent_backward_bytes()}
-        max_sends = max_sends_kept(self.num_stages, len(self.chunks))
+        max_sends = max_sends_kept(self.num_pipeline_stages, len(self.chunks))
         on_the_way = {direction: deque[int](maxlen=max_sends) for direction in sent}
         held = num_alive = most = num_alive_then = 0
         for work in self.pipeline.order(self.stage):
@@ -179,20 +179,20 @@ class _StagePeak:
 
         It is the output that the schedule keeps for the backward, too.
         """
-        if self.num_stages == 1:
+        if self.num_pipeline_stages == 1:
             return [0] * len(self.chunks)
         return [
             0
             if chunk is self.chunks[-1] and self._has_end(chunk)
             else self.counter.carry_bytes(chunk)
-            if self.stage == self.num_stages - 1
-            else self.counter.hidden_bytes(chunk.num_stages_inside)
+            if self.stage == self.num_pipeline_stages - 1
+            else self.counter.hidden_bytes(chunk.sent_per_token)
             for chunk in self.chunks
         ]
 
     def _sent_backward_bytes(self) -> list[int]:
         """What is sent back after each chunk's backward; kept likewise."""
-        if self.num_stages == 1:
+        if self.num_pipeline_stages == 1:
             return [0] * len(self.chunks)
         sent = []
         for chunk in self.chunks:
@@ -203,12 +203,12 @@ class _StagePeak:
                 assert before is not None
                 sent.append(self.counter.carry_bytes(before))
             else:
-                sent.append(self.counter.hidden_bytes(chunk.num_stages_inside))
+                sent.append(self.counter.hidden_bytes(chunk.sent_per_token))
         return sent
 
     def _has_end(self, chunk: Chunk) -> bool:
         """Whether final norm or loss follow the chunk here."""
-        return self.stage == self.num_stages - 1 and chunk.is_last_of_pass
+        return self.stage == self.num_pipeline_stages - 1 and chunk.is_last_of_pass
 
     def _has_input(self, chunk: Chunk) -> bool:
         """Whether the pass's input is built here."""
@@ -230,11 +230,11 @@ class _StagePeak:
 
         Where it is the input of the first layer, that layer keeps it anyway.
         """
-        if self.num_stages == 1 or (self.stage == 0 and chunk.index == 0):
+        if self.num_pipeline_stages == 1 or (self.stage == 0 and chunk.index == 0):
             return 0
         if self.stage == 0 and chunk.layer_chunk == 0:
             return self.counter.carry_bytes(self.chunks[chunk.index - 1])
-        return 0 if chunk.has_grad else self.counter.hidden_bytes(chunk.num_stages_inside)
+        return 0 if chunk.has_grad else self.counter.hidden_bytes(chunk.sent_per_token)
 
     def _is_recomputed_whole(self, chunk: Chunk) -> bool:
         """Whether the pass is recomputed from its input."""
@@ -243,11 +243,11 @@ class _StagePeak:
     def _pass_input_bytes(self, chunk: Chunk) -> int:
         """What a pass is recomputed from."""
         if not self._has_input(chunk):
-            return self.counter.hidden_bytes(chunk.num_stages_inside)
+            return self.counter.hidden_bytes(chunk.sent_per_token)
         # In one graph all passes share the embeddings.
-        has_own_embeddings = chunk.index == 0 or self.num_stages > 1
+        has_own_embeddings = chunk.index == 0 or self.num_pipeline_stages > 1
         kept = self.counter.hidden_bytes(1) if has_own_embeddings else 0
-        if self.num_stages == 1 and chunk.index > 0:
+        if self.num_pipeline_stages == 1 and chunk.index > 0:
             kept += self.counter.carry_bytes(self.chunks[chunk.index - 1])
         return kept
 
@@ -273,7 +273,7 @@ class _StagePeak:
     def _layers_bytes(self, chunk: Chunk) -> int:
         """What the layers of a chunk keep, with units that are recomputed down to their input."""
         units, rest = self._units(chunk)
-        return rest + len(units) * self.counter.hidden_bytes(chunk.pass_.num_stages)
+        return rest + len(units) * self.counter.hidden_bytes(chunk.pass_.slots_per_token)
 
     def _end_bytes(self, chunk: Chunk) -> int:
         """Final norm and loss, where they are here."""
@@ -296,7 +296,7 @@ class _StagePeak:
         at_layers = max(self._recomputed_bytes(chunk) - kept, 0)
         at_layers += self._in_flight_bytes(chunk)
         is_loss = self._has_end(chunk) and self.plan.is_last(chunk.pass_)
-        if self.num_stages == 1:
+        if self.num_pipeline_stages == 1:
             at_layers += self._waiting_gradient_bytes(chunk)
         if self._has_end(chunk) and chunk.pass_.mixes_embeddings:
             return max(self._mixture_backward_bytes(chunk), at_layers)
@@ -329,7 +329,7 @@ class _StagePeak:
         else:
             again = max(self._units(chunk)[0], default=0)
             is_input_held = again > 0
-        held = self.counter.hidden_bytes(chunk.num_stages_inside) if is_input_held else 0
+        held = self.counter.hidden_bytes(chunk.sent_per_token) if is_input_held else 0
         return again - held
 
     def _in_flight_bytes(self, chunk: Chunk) -> int:
@@ -338,18 +338,18 @@ class _StagePeak:
         The model's last layer has those of the slots that are read only; when the one before it has
         its own, what the last one kept is gone.
         """
-        anywhere = self._layer_backward_bytes(chunk.pass_.num_stages)
+        anywhere = self._layer_backward_bytes(chunk.pass_.slots_per_token)
         layers = self._layer_list(chunk)
         units, _ = self._units(chunk)
         if not self._has_end(chunk) or units or self._is_recomputed_whole(chunk):
             return anywhere
-        at_last = self._layer_backward_bytes(chunk.pass_.num_read_stages)
+        at_last = self._layer_backward_bytes(chunk.pass_.outputs_per_token)
         return max(at_last, anywhere - layers[-1]) if len(layers) > 1 else at_last
 
-    def _layer_backward_bytes(self, num_stages: int) -> int:
+    def _layer_backward_bytes(self, slots_per_token: int) -> int:
         """Gradients in flight inside the MLP of a layer, where they are largest."""
         size = self.counter.shards
-        rows = self.counter.rows(num_stages)
+        rows = self.counter.rows(slots_per_token)
         ffn, ffn_input = size.ffn_width, size.ffn_input_width
         is_selective = self.config.training.recompute_granularity == "selective"
         # An activation's output that is made again was not counted as kept.
@@ -362,13 +362,13 @@ class _StagePeak:
             # first projection
             ffn_input * size.hidden_size + rows * (size.hidden_size - kept_ffn + again),
         )
-        hidden = self.counter.hidden_bytes(num_stages)
+        hidden = self.counter.hidden_bytes(slots_per_token)
         gathered = hidden * size.sequence_shards if size.sequence_shards > 1 else 0
         return hidden + gathered + max(moments) * size.element_bytes
 
     def _mixture_backward_bytes(self, chunk: Chunk) -> int:
         """Gradients of the logits and of the embeddings, with what was computed again for them."""
-        size, read = self.counter.shards, chunk.pass_.num_read_stages
+        size, read = self.counter.shards, chunk.pass_.outputs_per_token
         gradients = (self.counter.rows(read) + size.hidden_size) * size.vocab_rows
         again = self._recomputed_bytes(chunk) if self._is_recomputed_whole(chunk) else 0
         return gradients * size.element_bytes + again

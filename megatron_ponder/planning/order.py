@@ -48,7 +48,7 @@ class Pipeline:
         ConfigError: megatron-core's interleaved schedule cannot run these.
     """
 
-    num_stages: int
+    num_pipeline_stages: int
     """p, pipeline ranks."""
     num_chunks: int
     """Passes times layer chunks of a rank."""
@@ -63,25 +63,25 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         """Check what the schedules need."""
-        assert self.num_stages >= 1 and self.num_chunks >= 1 and self.num_microbatches >= 1
+        assert self.num_pipeline_stages >= 1 and self.num_chunks >= 1 and self.num_microbatches >= 1
         assert 0 <= self.first_grad_chunk < self.num_chunks
-        if self.is_interleaved and self.num_microbatches % self.num_stages:
+        if self.is_interleaved and self.num_microbatches % self.num_pipeline_stages:
             raise ConfigError(
-                f"{self.num_microbatches} micro-batches on {self.num_stages} pipeline stages: "
-                f"several chunks need a multiple of {self.num_stages}."
+                f"{self.num_microbatches} micro-batches on {self.num_pipeline_stages} pipeline "
+                f"stages: several chunks need a multiple of {self.num_pipeline_stages}."
             )
 
     @property
     def is_interleaved(self) -> bool:
         """Whether the interleaved schedule runs."""
-        return self.num_stages > 1 and self.num_chunks > 1
+        return self.num_pipeline_stages > 1 and self.num_chunks > 1
 
     def source(self, stage: int, work: Work) -> tuple[int, Work] | None:
         """Stage and work whose result `work` on `stage` needs from elsewhere; None: nothing.
 
         The last stage's output of a chunk is the first stage's input of the next.
         """
-        last_stage, last_chunk = self.num_stages - 1, self.num_chunks - 1
+        last_stage, last_chunk = self.num_pipeline_stages - 1, self.num_chunks - 1
         if not work.is_backward:
             if stage > 0:
                 return stage - 1, work
@@ -101,17 +101,17 @@ class Pipeline:
         total = self.num_microbatches * self.num_chunks
         if self.forward_only:
             return total
-        if self.num_stages == 1:
+        if self.num_pipeline_stages == 1:
             return self.num_chunks
-        behind = self.num_stages - stage - 1
+        behind = self.num_pipeline_stages - stage - 1
         if self.is_interleaved:
-            return min(total, behind * 2 + (self.num_chunks - 1) * self.num_stages)
+            return min(total, behind * 2 + (self.num_chunks - 1) * self.num_pipeline_stages)
         return min(total, behind)
 
     @functools.cached_property
     def forwards(self) -> list[Work]:
         """Forwards in the order in which every stage runs them."""
-        group = self.num_stages if self.is_interleaved else 1
+        group = self.num_pipeline_stages if self.is_interleaved else 1
         return [
             Work(is_backward=False, chunk=chunk, microbatch=microbatch)
             for first in range(0, self.num_microbatches, group)
@@ -136,7 +136,7 @@ class Pipeline:
         forwards, backwards = self.forwards, self.backwards
         if self.forward_only:
             return list(_one_by_one(forwards))
-        if self.num_stages == 1:
+        if self.num_pipeline_stages == 1:
             in_turns = [
                 work
                 for first in range(0, len(forwards), self.num_chunks)

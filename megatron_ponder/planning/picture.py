@@ -45,16 +45,16 @@ def draw_step(options: PlanOptions, config: RunConfig, path: Path) -> None:
     """
     plan = largest_plan(config)
     num_layer_chunks = config.parallel.num_virtual_stages_per_pipeline_rank
-    num_stages = config.parallel.pipeline_model_parallel_size
+    num_pipeline_stages = config.parallel.pipeline_model_parallel_size
     num_chunks = len(plan.passes) * num_layer_chunks
     whole = microbatches_per_step(config, options.world_size)
-    room = MOST_COLUMNS // (2 * num_chunks) // num_stages * num_stages
-    num_drawn = min(whole, max(room, num_stages))
+    room = MOST_COLUMNS // (2 * num_chunks) // num_pipeline_stages * num_pipeline_stages
+    num_drawn = min(whole, max(room, num_pipeline_stages))
     timeline = simulate_step(options, config, plan, num_drawn)
     drawn = f"{num_drawn} micro-batches"
     if num_drawn < whole:
         drawn += f" (the run has {whole})"
-    title = f"{num_stages} stages, {drawn}, {len(plan.passes)} passes"
+    title = f"{num_pipeline_stages} stages, {drawn}, {len(plan.passes)} passes"
     if num_layer_chunks > 1:
         title += f" through {num_layer_chunks} layer chunks"
     draw_timeline(timeline, path, title=title, num_layer_chunks=num_layer_chunks)
@@ -72,9 +72,11 @@ def draw_timeline(timeline: Timeline, path: Path, *, title: str, num_layer_chunk
         num_layer_chunks: v, chunks of layers of a stage; `c1` is the second.
     """
     pipeline = timeline.pipeline
-    num_columns = 2 * pipeline.num_chunks * pipeline.num_microbatches + 2 * pipeline.num_stages
+    num_columns = (
+        2 * pipeline.num_chunks * pipeline.num_microbatches + 2 * pipeline.num_pipeline_stages
+    )
     width = min(max(9.0, 0.19 * num_columns), 40.0)
-    height = 1.9 + 0.42 * pipeline.num_stages
+    height = 1.9 + 0.42 * pipeline.num_pipeline_stages
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
     axes = figure.subplots()
     inches_per_s = 0.92 * width / timeline.makespan_s
@@ -82,8 +84,11 @@ def draw_timeline(timeline: Timeline, path: Path, *, title: str, num_layer_chunk
         if event.end_s > event.start_s:
             _draw_event(axes, event, num_layer_chunks, inches_per_s)
     axes.set_xlim(0, timeline.makespan_s)
-    axes.set_ylim(pipeline.num_stages - 0.5, -0.5)
-    axes.set_yticks(range(pipeline.num_stages), [f"stage {s}" for s in range(pipeline.num_stages)])
+    axes.set_ylim(pipeline.num_pipeline_stages - 0.5, -0.5)
+    axes.set_yticks(
+        range(pipeline.num_pipeline_stages),
+        [f"stage {s}" for s in range(pipeline.num_pipeline_stages)],
+    )
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(_time_label(timeline))
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -25,7 +25,7 @@ from megatron_ponder.planning.work import chunk_flops
 from megatron_ponder.ponder.chunks import cut_into_chunks
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.plan import PassPlan
-from megatron_ponder.ponder.schedule import possible_plans
+from megatron_ponder.ponder.training_plan import possible_plans
 
 BYTES_PER_GIB = 1 << 30
 
@@ -154,7 +154,7 @@ def run_pipeline(config: RunConfig, num_microbatches: int) -> Pipeline:
     parallel, plan = config.parallel, largest_plan(config)
     chunks = cut_into_chunks(plan, parallel.num_virtual_stages_per_pipeline_rank)
     return Pipeline(
-        num_stages=parallel.pipeline_model_parallel_size,
+        num_pipeline_stages=parallel.pipeline_model_parallel_size,
         num_chunks=len(chunks),
         num_microbatches=num_microbatches,
         first_grad_chunk=next(chunk.index for chunk in chunks if chunk.has_grad),
@@ -192,8 +192,8 @@ def _passes(config: RunConfig, plan: PassPlan) -> list[dict[str, Any]]:
     return [
         {
             "index": pass_.index,
-            "slots_per_token": pass_.num_stages,
-            "read_stages": list(pass_.read_stages),
+            "slots_per_token": pass_.slots_per_token,
+            "output_slots": list(pass_.output_slots),
             "has_gradient": plan.has_grad(pass_),
             "forward_flops": cost.total,
             "share": cost.total / total,
@@ -210,7 +210,7 @@ def _schedule(config: RunConfig, plan: PassPlan, timeline: Timeline) -> dict[str
         "num_microbatches": pipeline.num_microbatches,
         "bubble": timeline.bubble,
         "bubble_if_chunks_were_equal": equal_chunks_bubble(
-            pipeline.num_stages, pipeline.num_microbatches, pipeline.num_chunks
+            pipeline.num_pipeline_stages, pipeline.num_microbatches, pipeline.num_chunks
         ),
         "computing_s": timeline.makespan_s,
     }

@@ -33,7 +33,7 @@ from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.planning.communication import stage_traffic
 from megatron_ponder.planning.memory import StageMemory, stage_memory
-from megatron_ponder.planning.recomputation import KEEP_ALL
+from megatron_ponder.planning.recompute import KEEP_ALL
 from megatron_ponder.planning.report import (
     largest_plan,
     microbatches_per_step,
@@ -44,7 +44,7 @@ from megatron_ponder.planning.scaling_options import ScalingOptions
 from megatron_ponder.planning.scaling_time import StepClock
 from megatron_ponder.ponder.chunks import cut_into_chunks
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import possible_plans
+from megatron_ponder.ponder.training_plan import possible_plans
 
 COMPARED_METHOD = "vanilla"
 BYTES_PER_GIB = 1 << 30

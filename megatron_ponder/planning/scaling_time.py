@@ -74,10 +74,12 @@ class StepClock:
         """For a resolved run."""
         self.options, self.config, self.world_size = options, config, world_size
         parallel, plan = config.parallel, largest_plan(config)
-        self.num_stages = parallel.pipeline_model_parallel_size
+        self.num_pipeline_stages = parallel.pipeline_model_parallel_size
         self.num_microbatches = microbatches_per_step(config, world_size)
         self.chunks = cut_into_chunks(plan, parallel.num_virtual_stages_per_pipeline_rank)
-        self.traffic = [StageTraffic(config, plan, stage) for stage in range(self.num_stages)]
+        self.traffic = [
+            StageTraffic(config, plan, stage) for stage in range(self.num_pipeline_stages)
+        ]
         self.flops = _with_cheap_recomputation(config, chunk_flops(config, plan))
         forward_s, backward_s = self.flops.seconds(options.assumed_tflops)
         self.tensor_s = self._by_chunk(self._tensor_s)
@@ -111,14 +113,14 @@ class StepClock:
             tensor_s=tensor_s,
             context_s=context_s,
             bubble_s=max(self._makespan_s() - busy_s, 0.0),
-            data_s=max(map(self._data_s, range(self.num_stages))),
+            data_s=max(map(self._data_s, range(self.num_pipeline_stages))),
         )
 
     def _makespan_s(self) -> float:
         """From the first forward to the last backward, later micro-batches extrapolated."""
-        if self.num_stages == 1:
+        if self.num_pipeline_stages == 1:
             return self.bound_s
-        group, groups = self.num_stages, self.num_microbatches // self.num_stages
+        group, groups = self.num_pipeline_stages, self.num_microbatches // self.num_pipeline_stages
         if groups <= GROUPS_SIMULATED:
             return self._simulated_s(self.num_microbatches)
         last_s = self._simulated_s(group * GROUPS_SIMULATED)
@@ -135,7 +137,7 @@ class StepClock:
     def _with_communication(self, forward_s: Table, backward_s: Table) -> tuple[Table, Table]:
         """Communication shared between forward and backward as their computing is."""
         both: tuple[list[list[float]], list[list[float]]] = ([], [])
-        for stage in range(self.num_stages):
+        for stage in range(self.num_pipeline_stages):
             for table in both:
                 table.append([])
             for index in range(len(self.chunks)):
@@ -152,7 +154,7 @@ class StepClock:
         if not sent:
             return 0.0
         counter = traffic.counter
-        whole = counter.hidden_bytes(chunk.pass_.num_stages) * counter.shards.sequence_shards
+        whole = counter.hidden_bytes(chunk.pass_.slots_per_token) * counter.shards.sequence_shards
         number = sent / (whole * traffic.tensor_share)
         return sent / self._ring_rate(1, size) + number * self._latency_s
 
@@ -162,7 +164,7 @@ class StepClock:
         sent = traffic.context_bytes(chunk)
         if not sent:
             return 0.0
-        rows = traffic.counter.rows(chunk.pass_.num_stages)
+        rows = traffic.counter.rows(chunk.pass_.slots_per_token)
         once = (size.context_parallel_size - 1) * rows * 2 * size.key_value_width
         number = sent / (once * size.element_bytes)
         rate = self._ring_rate(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
@@ -200,7 +202,7 @@ class StepClock:
     def _message_s(self) -> float:
         """The largest message between stages."""
         largest = max(
-            self.traffic[0].counter.hidden_bytes(chunk.num_stages_inside) for chunk in self.chunks
+            self.traffic[0].counter.hidden_bytes(chunk.sent_per_token) for chunk in self.chunks
         )
         return largest / self._message_rate + self._latency_s
 

@@ -76,15 +76,16 @@ def layers_by_stage(config: RunConfig) -> list[list[int]]:
         config: resolved.
     """
     parallel = config.parallel
-    num_stages = parallel.pipeline_model_parallel_size
+    num_pipeline_stages = parallel.pipeline_model_parallel_size
     num_chunks = parallel.num_virtual_stages_per_pipeline_rank
     given = {
         0: parallel.decoder_first_pipeline_num_layers,
-        num_stages - 1: parallel.decoder_last_pipeline_num_layers,
+        num_pipeline_stages - 1: parallel.decoder_last_pipeline_num_layers,
     }
     stated = {stage: layers for stage, layers in given.items() if layers is not None}
-    num_others = num_stages - len(stated)
+    num_others = num_pipeline_stages - len(stated)
     equal_share = (config.model.num_layers - sum(stated.values())) // max(num_others, 1)
     return [
-        [stated.get(stage, equal_share) // num_chunks] * num_chunks for stage in range(num_stages)
+        [stated.get(stage, equal_share) // num_chunks] * num_chunks
+        for stage in range(num_pipeline_stages)
     ]

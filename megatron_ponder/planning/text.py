@@ -66,7 +66,7 @@ def _passes(result: dict[str, Any]) -> list[str]:
         [
             str(row["index"] + 1),
             str(row["slots_per_token"]),
-            ",".join(map(str, row["read_stages"])),
+            ",".join(map(str, row["output_slots"])),
             "yes" if row["has_gradient"] else "no",
             _short(row["forward_flops"]),
             f"{row['share']:.1%}",

@@ -56,13 +56,13 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of the stages' time in which they wait."""
-        available_s = self.pipeline.num_stages * self.makespan_s
+        available_s = self.pipeline.num_pipeline_stages * self.makespan_s
         return 1 - self.work_s / available_s if available_s else 0.0
 
 
-def equal_chunks_bubble(num_stages: int, num_microbatches: int, num_chunks: int) -> float:
+def equal_chunks_bubble(num_pipeline_stages: int, num_microbatches: int, num_chunks: int) -> float:
     """The bubble if all chunks cost the same; the module says where that is exact."""
-    return (num_stages - 1) / (num_microbatches * num_chunks + num_stages - 1)
+    return (num_pipeline_stages - 1) / (num_microbatches * num_chunks + num_pipeline_stages - 1)
 
 
 def simulate(
@@ -77,7 +77,7 @@ def simulate(
         latency_s: from sending to arrival at another stage.
     """
     for table in (forward_s, backward_s):
-        assert len(table) == pipeline.num_stages
+        assert len(table) == pipeline.num_pipeline_stages
         assert all(len(row) == pipeline.num_chunks for row in table)
 
     def duration_s(stage: int, work: Work) -> float:
@@ -98,13 +98,13 @@ def simulate_each(
         duration_s: seconds, by stage and work.
         latency_s: from sending to arrival at another stage.
     """
-    num_stages = pipeline.num_stages
-    programs = [pipeline.instructions(stage) for stage in range(num_stages)]
-    positions, clocks = [0] * num_stages, [0.0] * num_stages
-    asked_s: list[float | None] = [None] * num_stages  # since when a stage waits
+    num_pipeline_stages = pipeline.num_pipeline_stages
+    programs = [pipeline.instructions(stage) for stage in range(num_pipeline_stages)]
+    positions, clocks = [0] * num_pipeline_stages, [0.0] * num_pipeline_stages
+    asked_s: list[float | None] = [None] * num_pipeline_stages  # since when a stage waits
     sent_s: dict[tuple[int, Work], float] = {}
     events: list[list[Event]] = [[] for _ in programs]
-    latency_s = latency_s if num_stages > 1 else 0.0
+    latency_s = latency_s if num_pipeline_stages > 1 else 0.0
     is_moving = True
     while is_moving:
         is_moving = False

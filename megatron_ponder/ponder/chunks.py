@@ -33,16 +33,16 @@ class Chunk:
     """Whether the backward goes through it."""
 
     @property
-    def num_stages_inside(self) -> int:
-        """Slots per token sent from one stage to the next within the chunk."""
-        return self.pass_.num_travelling_stages
+    def sent_per_token(self) -> int:
+        """Vectors per token sent from one pipeline stage to the next within the chunk."""
+        return self.pass_.sent_per_token
 
     @property
-    def num_stages_handed_on(self) -> int:
-        """Slots per token that the last stage sends to the first for the next chunk."""
+    def handed_on_per_token(self) -> int:
+        """Vectors per token that the last pipeline stage sends to the first for the next chunk."""
         if self.is_last_of_pass:
-            return self.pass_.num_read_stages
-        return self.pass_.num_travelling_stages
+            return self.pass_.outputs_per_token
+        return self.pass_.sent_per_token
 
 
 def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, ...]:
@@ -65,11 +65,11 @@ def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, .
     )
 
 
-def max_sends_kept(num_stages: int, num_chunks: int) -> int:
+def max_sends_kept(num_pipeline_stages: int, num_chunks: int) -> int:
     """Messages of one direction that a stage may have on the way.
 
     A stage is at most as many chunks of micro-batches ahead of its backward as megatron-core's
     first stage has in its warm-up, 2 (p - 1) + (chunks - 1) p, and one. A message further back has
     been received: without it the neighbour could not have sent what has come since.
     """
-    return 2 * (num_stages - 1) + (num_chunks - 1) * num_stages + 1
+    return 2 * (num_pipeline_stages - 1) + (num_chunks - 1) * num_pipeline_stages + 1

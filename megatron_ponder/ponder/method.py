@@ -68,24 +68,26 @@ class Method(abc.ABC):
             carry: what the previous pass handed on, [s * m, b, h]; None before the first.
 
         Returns:
-            [s * pass_.num_stages, b, h].
+            [s * pass_.slots_per_token, b, h].
         """
 
-    def build_carry(self, pass_: Pass, read: Tensor, mix: Mix, pass_input: Tensor | None) -> Tensor:
+    def build_carry(
+        self, pass_: Pass, outputs: Tensor, mix: Mix, pass_input: Tensor | None
+    ) -> Tensor:
         """What this pass hands on to the next.
 
         Args:
             pass_: the pass that has just run, not the last.
-            read: its output at `pass_.read_stages`, normed if `pass_.final_norm`:
-                [s * pass_.num_read_stages, b, h].
+            outputs: its output at `pass_.output_slots`, normed if `pass_.final_norm`:
+                [s * pass_.outputs_per_token, b, h].
             mix: see `Mix`.
-            pass_input: what `build_input` gave for this pass, [s * pass_.num_stages, b, h]; None
-                unless `pass_.carries_input`.
+            pass_input: what `build_input` returned for this pass,
+                [s * pass_.slots_per_token, b, h]; None unless `pass_.carries_input`.
 
         Returns:
-            The carry, of the shape of `read`; `read` itself unless a method overrides this.
+            The carry, of the shape of `outputs`; `outputs` itself unless a method overrides this.
         """
-        return read
+        return outputs
 
     def decoding_plan(self, plan: PassPlan) -> DecodingPlan:
         """What a new token runs when it is generated.

@@ -14,38 +14,37 @@ from megatron_ponder.config.schema import TrainingConfig
 class Pass:
     """One run through all layers.
 
-    The input has `num_stages` slots per token, interleaved: slot t * num_stages + j is stage j of
-    token t. `read_stages` are the stages whose outputs anybody reads: the carry of a pass that is
-    followed by another, the logits of the last one. Work for other slots of the last layer's output
-    is wasted and may be skipped.
+    The input interleaves the slots of all tokens: position t * slots_per_token + j is slot j of
+    token t. `output_slots` are the slots whose outputs are used: for the carry, or in the last pass
+    for the logits. The last layer may skip all other slots.
     """
 
     index: int
     """Position in the plan, from 0."""
-    num_stages: int
+    slots_per_token: int
     """Slots per token in this pass's input."""
-    read_stages: range
-    """Stages whose output hidden states are read afterwards."""
+    output_slots: range
+    """Slots of each token whose output hidden states are used."""
     final_norm: bool = True
-    """Whether the final norm is applied to what is read."""
+    """Whether the final norm is applied to the outputs."""
     add_positions: bool = True
     """Whether learned positions are added to this pass's input (rotary ones always apply)."""
-    reads_tokens: bool = True
-    """Whether its input has the token embeddings in it, or is nothing but the carry."""
+    embeds_tokens: bool = True
+    """Whether its input contains the token embeddings; otherwise it is the carry alone."""
     mixes_embeddings: bool = False
-    """Whether its carry is a mixture of embeddings: two products with the vocabulary more."""
+    """Whether its carry is a mixture of embeddings, at two more matmuls with the vocabulary."""
     carries_input: bool = False
-    """Whether its carry is made of its input too, which then travels beside the hidden states."""
+    """Whether the carry needs the pass's input, which is then sent beside the hidden states."""
 
     @property
-    def num_read_stages(self) -> int:
-        """Slots per token that this pass hands on."""
-        return len(self.read_stages)
+    def outputs_per_token(self) -> int:
+        """Slots per token in the output of this pass."""
+        return len(self.output_slots)
 
     @property
-    def num_travelling_stages(self) -> int:
-        """Slots per token that go from one pipeline stage to the next within the pass."""
-        return self.num_stages * (2 if self.carries_input else 1)
+    def sent_per_token(self) -> int:
+        """Vectors per token sent from one pipeline stage to the next within the pass."""
+        return self.slots_per_token * (2 if self.carries_input else 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,15 +61,15 @@ class PassPlan:
         assert [p.index for p in self.passes] == list(range(len(self.passes)))
         assert 0 <= self.first_grad_pass < len(self.passes)
         for p in self.passes:
-            assert len(p.read_stages) > 0 and p.read_stages.step == 1
-            assert p.read_stages[-1] < p.num_stages, f"{p} reads a stage that it does not have"
+            assert len(p.output_slots) > 0 and p.output_slots.step == 1
+            assert p.output_slots[-1] < p.slots_per_token, f"{p} uses a slot that it does not have"
         last = self.passes[-1]
-        assert not last.mixes_embeddings and not last.carries_input, "nobody takes a last carry"
+        assert not last.mixes_embeddings and not last.carries_input, "the last pass has no carry"
 
     @property
-    def max_stages(self) -> int:
+    def max_slots_per_token(self) -> int:
         """Slots per token in the longest pass."""
-        return max(p.num_stages for p in self.passes)
+        return max(p.slots_per_token for p in self.passes)
 
     @property
     def num_slot_passes(self) -> int:
@@ -78,7 +77,7 @@ class PassPlan:
 
         For ponderlm2 it is K(K+1)/2 + (K+1)(R+1).
         """
-        return sum(p.num_stages for p in self.passes)
+        return sum(p.slots_per_token for p in self.passes)
 
     @property
     def mixes_embeddings(self) -> bool:

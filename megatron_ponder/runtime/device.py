@@ -61,7 +61,7 @@ class HostCopy:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> list[float]:
+    def fetch(self) -> list[float]:
         """The numbers, as soon as they are there."""
         if self._arrived is not None:
             self._arrived.synchronize()

@@ -9,7 +9,7 @@ import torch
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
 from megatron_ponder.runtime.device import device
-from megatron_ponder.train.step import Trainee, num_microbatches
+from megatron_ponder.train.step import TrainingState, num_microbatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,30 +30,32 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, trainee: Trainee, batches: Iterator[Batch]) -> Evaluation:
+def evaluate(
+    config: RunConfig, training_state: TrainingState, batches: Iterator[Batch]
+) -> Evaluation:
     """The loss over `eval_iters` global batches.
 
     Args:
         config: resolved.
-        trainee: not changed.
+        training_state: not changed.
         batches: this rank's micro-batches, from the first sample.
     """
-    trainee.model.train(False)
+    training_state.model.train(False)
     r = config.method.num_jacobi_iterations
     per_iteration = num_microbatches(config)
     total = torch.zeros(2, dtype=torch.float64, device=device())
     for _ in range(config.training.eval_iters):
         total += run_microbatches(
-            trainee.model,
+            training_state.model,
             batches,
-            plan=trainee.model.method.plan(r),
+            plan=training_state.model.method.plan(r),
             num_microbatches=per_iteration,
             micro_batch_size=config.training.micro_batch_size,
             seq_length=config.data.seq_length,
             forward_only=True,
             overlap_p2p_communication=config.parallel.overlap_p2p_communication,
         )
-    trainee.model.train()
+    training_state.model.train()
     loss_sum, num_tokens = add_up_over_ranks(total).tolist()
     return Evaluation(
         loss=loss_sum / max(num_tokens, 1.0), num_tokens=int(num_tokens), num_jacobi_iterations=r

@@ -22,7 +22,7 @@ from megatron_ponder.errors import TrainingError
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.train.evaluation import evaluate
 from megatron_ponder.train.metrics import Reporter
-from megatron_ponder.train.step import PendingStep, StepResult, Trainee, train_step
+from megatron_ponder.train.step import PendingStep, StepResult, TrainingState, train_step
 from megatron_ponder.train.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class TrainingData:
 
 def train(
     config: RunConfig,
-    trainee: Trainee,
+    training_state: TrainingState,
     data: TrainingData,
     progress: Progress,
     reporter: Reporter,
@@ -63,7 +63,7 @@ def train(
 
     Args:
         config: resolved.
-        trainee: changed in place.
+        training_state: changed in place.
         data: what to read.
         progress: where to go on; changed in place.
         reporter: takes what there is to report.
@@ -77,7 +77,7 @@ def train(
     num_skipped_in_a_row = 0
     with StopRequest(training, start_s) as stop:
         since_s = time.monotonic()
-        for step in _run_steps(config, trainee, data.train(), progress.iteration, stop):
+        for step in _run_steps(config, training_state, data.train(), progress.iteration, stop):
             _advance(progress, config, step)
             reporter.add(step, time.monotonic() - since_s)
             num_skipped_in_a_row = 0 if step.is_updated else num_skipped_in_a_row + 1
@@ -85,30 +85,30 @@ def train(
             if _is_due(progress.iteration, config.logging.log_interval):
                 reporter.report_training(step)
             if _is_due(progress.iteration, training.eval_interval):
-                _validate(config, trainee, data, reporter)
+                _validate(config, training_state, data, reporter)
                 evaluated_at = progress.iteration
             if _is_due(progress.iteration, config.checkpoint.save_interval):
-                _save(config, trainee, progress)
+                _save(config, training_state, progress)
                 saved_at = progress.iteration
             since_s = time.monotonic()
         if step.is_stop_requested or _is_due(progress.iteration, training.exit_interval):
             if saved_at != progress.iteration:
-                _save(config, trainee, progress)
+                _save(config, training_state, progress)
             reason = stop.reason() if step.is_stop_requested else "--exit-interval"
             logger.info("stopped after iteration %d: %s", progress.iteration, reason)
             return
     if evaluated_at != progress.iteration:
-        _validate(config, trainee, data, reporter)
+        _validate(config, training_state, data, reporter)
     if data.test is not None:
-        reporter.report_evaluation("test", evaluate(config, trainee, data.test()))
+        reporter.report_evaluation("test", evaluate(config, training_state, data.test()))
     if saved_at != progress.iteration:
-        _save(config, trainee, progress)
+        _save(config, training_state, progress)
     logger.info("training is done: %d iterations", progress.iteration)
 
 
 def _run_steps(
     config: RunConfig,
-    trainee: Trainee,
+    training_state: TrainingState,
     batches: Iterator[Batch],
     num_done: int,
     stop: StopRequest,
@@ -120,7 +120,7 @@ def _run_steps(
 
     Args:
         config: resolved.
-        trainee: changed in place.
+        training_state: changed in place.
         batches: this rank's micro-batches.
         num_done: iterations before.
         stop: this rank's wish; once any rank has it, no further iteration is started.
@@ -130,7 +130,9 @@ def _run_steps(
     while not is_last:
         num_done += 1
         started.append(
-            train_step(config, trainee, batches, iteration=num_done, wants_stop=stop.is_raised)
+            train_step(
+                config, training_state, batches, iteration=num_done, wants_stop=stop.is_raised
+            )
         )
         is_last = num_done == config.training.train_iters or _is_due(
             num_done, config.training.exit_interval
@@ -138,7 +140,7 @@ def _run_steps(
         while started and (
             len(started) > MAX_STEPS_AHEAD or is_last or _is_awaited(config, num_done)
         ):
-            step = started.popleft().read()
+            step = started.popleft().fetch()
             is_last = is_last or step.is_stop_requested
             yield step
 
@@ -153,12 +155,16 @@ def _is_awaited(config: RunConfig, iteration: int) -> bool:
     return any(_is_due(iteration, interval) for interval in intervals)
 
 
-def _validate(config: RunConfig, trainee: Trainee, data: TrainingData, reporter: Reporter) -> None:
+def _validate(
+    config: RunConfig, training_state: TrainingState, data: TrainingData, reporter: Reporter
+) -> None:
     """Evaluate on what there is to validate on."""
     if data.valid is not None:
-        reporter.report_evaluation("valid", evaluate(config, trainee, data.valid()))
+        reporter.report_evaluation("valid", evaluate(config, training_state, data.valid()))
     for name, batches in data.validation_sets.items():
-        reporter.report_evaluation("valid", evaluate(config, trainee, batches()), dataset=name)
+        reporter.report_evaluation(
+            "valid", evaluate(config, training_state, batches()), dataset=name
+        )
 
 
 def _advance(progress: Progress, config: RunConfig, step: StepResult) -> None:
@@ -193,7 +199,7 @@ def _check_finite(progress: Progress, step: StepResult, num_skipped_in_a_row: in
         )
 
 
-def _save(config: RunConfig, trainee: Trainee, progress: Progress) -> None:
+def _save(config: RunConfig, training_state: TrainingState, progress: Progress) -> None:
     """Save, where the run saves and has something to save."""
     if config.checkpoint.save is None:
         return
@@ -202,8 +208,8 @@ def _save(config: RunConfig, trainee: Trainee, progress: Progress) -> None:
         return
     save_checkpoint(
         config,
-        chunks=trainee.model.chunks,
-        optimizer=trainee.optimizer,
-        scheduler=trainee.scheduler,
+        chunks=training_state.model.chunks,
+        optimizer=training_state.optimizer,
+        scheduler=training_state.scheduler,
         progress=progress,
     )

@@ -19,7 +19,7 @@ from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.ponder.method import Method
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime.distributed import ranks
 from megatron_ponder.runtime.peak_flops import peak_tflops
 from megatron_ponder.train.evaluation import Evaluation

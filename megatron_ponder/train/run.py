@@ -35,7 +35,7 @@ from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import build_parallel_model
 from megatron_ponder.parallel.schedule import Batch
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime.backends import log_choices, use_backends
 from megatron_ponder.runtime.device import device
 from megatron_ponder.runtime.distributed import (
@@ -47,7 +47,7 @@ from megatron_ponder.runtime.distributed import (
 from megatron_ponder.train.loop import Batches, TrainingData, train
 from megatron_ponder.train.metrics import Reporter
 from megatron_ponder.train.sinks import open_sinks
-from megatron_ponder.train.step import Trainee
+from megatron_ponder.train.step import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -78,35 +78,35 @@ def run(config: RunConfig) -> None:
         validation_sets = {}
         if config.data.multiple_validation_sets:
             validation_sets = build_validation_sets(config, tokenizer, num_samples[1])
-        trainee = build_trainee(config)
-        _describe(config, trainee)
+        training_state = build_training_state(config)
+        _describe(config, training_state)
         progress = Progress(data=fingerprint)
         if checkpoint is not None:
             progress = load_checkpoint(
                 config,
                 checkpoint,
-                chunks=trainee.model.chunks,
-                optimizer=trainee.optimizer,
-                scheduler=trainee.scheduler,
+                chunks=training_state.model.chunks,
+                optimizer=training_state.optimizer,
+                scheduler=training_state.scheduler,
                 data=fingerprint,
             )
         if progress.iteration >= config.training.train_iters:
             logger.info("nothing to do: %s is at iteration %d", checkpoint, progress.iteration)
             return
         sinks = open_sinks(config, progress.iteration) if is_rank_zero() else []
-        reporter = Reporter(config, trainee.model.method, progress, sinks)
+        reporter = Reporter(config, training_state.model.method, progress, sinks)
         try:
             data = _training_data(config, datasets, validation_sets, progress.consumed_samples)
-            train(config, trainee, data, progress, reporter, start_s)
+            train(config, training_state, data, progress, reporter, start_s)
         finally:
             reporter.close()
 
 
-def build_trainee(config: RunConfig) -> Trainee:
+def build_training_state(config: RunConfig) -> TrainingState:
     """Model, optimizer and schedule."""
     model = build_parallel_model(config)
     optimizer, scheduler = build_optimizer(config, model.chunks)
-    return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
+    return TrainingState(model=model, optimizer=optimizer, scheduler=scheduler)
 
 
 def _training_data(
@@ -161,7 +161,7 @@ def _device_name() -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads per rank)"
 
 
-def _describe(config: RunConfig, trainee: Trainee) -> None:
+def _describe(config: RunConfig, training_state: TrainingState) -> None:
     """Log the whole config, and what it comes to."""
     if not is_rank_zero():
         return
@@ -190,7 +190,7 @@ def _describe(config: RunConfig, trainee: Trainee) -> None:
     logger.info(
         "parameters: %s", ", ".join(f"{k} {v:,}" for k, v in dataclasses.asdict(counts).items())
     )
-    method, seq_length = trainee.model.method, config.data.seq_length
+    method, seq_length = training_state.model.method, config.data.seq_length
     plan = training_plan(method, config.method.num_jacobi_iterations)
     flops = forward_flops(config.model, plan, seq_length).training
     assert training.global_batch_size is not None

@@ -22,13 +22,13 @@ from megatron_ponder.optim.adamw import learning_rate
 from megatron_ponder.optim.update import clipped_update, gradient_norm
 from megatron_ponder.parallel.parallel_model import ParallelModel
 from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
-from megatron_ponder.ponder.schedule import jacobi_iterations, training_plan
+from megatron_ponder.ponder.training_plan import jacobi_iterations, training_plan
 from megatron_ponder.runtime.device import HostCopy
 from megatron_ponder.runtime.distributed import ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trainee:
+class TrainingState:
     """What is trained, and what trains it."""
 
     model: ParallelModel
@@ -71,9 +71,9 @@ class PendingStep:
         self._learning_rate = learning_rate
         self._num_jacobi_iterations = num_jacobi_iterations
 
-    def read(self) -> StepResult:
+    def fetch(self) -> StepResult:
         """What it did; waits until that is known."""
-        loss_sum, num_tokens, num_stop_requests, grad_norm, is_updated = self._numbers.read()
+        loss_sum, num_tokens, num_stop_requests, grad_norm, is_updated = self._numbers.fetch()
         return StepResult(
             loss=loss_sum / max(num_tokens, 1.0),
             num_tokens=int(num_tokens),
@@ -94,7 +94,7 @@ def num_microbatches(config: RunConfig) -> int:
 
 def train_step(
     config: RunConfig,
-    trainee: Trainee,
+    training_state: TrainingState,
     batches: Iterator[Batch],
     *,
     iteration: int,
@@ -106,18 +106,18 @@ def train_step(
 
     Args:
         config: resolved.
-        trainee: changed in place.
+        training_state: changed in place.
         batches: this rank's micro-batches, of which one iteration's are taken.
         iteration: the iteration's number, from 1.
         wants_stop: whether this rank asks all to stop after this iteration.
     """
-    trainee.model.zero_grad_buffer()
-    trainee.optimizer.zero_grad()
+    training_state.model.zero_grad_buffer()
+    training_state.optimizer.zero_grad()
     r = jacobi_iterations(config.method, config.training.seed, iteration)
     loss_and_tokens = run_microbatches(
-        trainee.model,
+        training_state.model,
         batches,
-        plan=training_plan(trainee.model.method, r),
+        plan=training_plan(training_state.model.method, r),
         num_microbatches=num_microbatches(config),
         micro_batch_size=config.training.micro_batch_size,
         seq_length=config.data.seq_length,
@@ -125,11 +125,11 @@ def train_step(
     )
     wants_stop_here = loss_and_tokens.new_full((1,), float(wants_stop))
     status = add_up_over_ranks(torch.cat((loss_and_tokens, wants_stop_here)))
-    rate = learning_rate(trainee.optimizer)
-    trainee.optimizer.prepare_grads()
-    grad_norm = gradient_norm(trainee.optimizer)
+    rate = learning_rate(training_state.optimizer)
+    training_state.optimizer.prepare_grads()
+    grad_norm = gradient_norm(training_state.optimizer)
     is_finite = torch.isfinite(status[0] + grad_norm)
-    clipped_update(trainee.optimizer, grad_norm, is_finite)
-    trainee.scheduler.step(increment=1)
+    clipped_update(training_state.optimizer, grad_norm, is_finite)
+    training_state.scheduler.step(increment=1)
     numbers = torch.cat((status, torch.stack((grad_norm, is_finite.double()))))
     return PendingStep(numbers, rate, r)

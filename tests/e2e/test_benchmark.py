@@ -67,7 +67,7 @@ def test_train_beside_the_plain_model_with_trace_and_passes(tmp_path: Path) -> N
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"forward", "backward", "optimizer", "aten::mm"} <= names
     passes = result["roofline"]["passes"]
-    assert [row["num_stages"] for row in passes] == [1, 2, 2]
+    assert [row["slots_per_token"] for row in passes] == [1, 2, 2]
     for row in passes:
         assert row["reached"] == pytest.approx(row["floor_ms"] / row["forward_ms"])
         assert row["backward_ms"] > 0 and row["gigabytes"] > 0
@@ -128,7 +128,11 @@ def test_pipeline(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
-    assert (result["num_stages"], result["num_chunks"], result["num_microbatches"]) == (2, 4, 8)
+    assert (result["slots_per_token"], result["num_chunks"], result["num_microbatches"]) == (
+        2,
+        4,
+        8,
+    )
     assert len(result["steps"]) == 2
     for side in ("measured", "predicted", "replayed"):
         assert result[side]["ms"] > 0 and 0 < result[side]["bubble"] < 1

@@ -16,7 +16,7 @@ from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.runtime import distributed
 from tests.e2e.launch import ROOT
 from tests.ranks import run_ranks
-from tests.unit.checkpoint.small_run import build_trainee, small_config
+from tests.unit.checkpoint.small_run import build_training_state, small_config
 from tests.unit.convert.conversion import config_of
 from tests.unit.convert.stock_models import write_stock_model
 from tests.unit.data import corpora
@@ -77,12 +77,12 @@ def load_elsewhere(folder: Path) -> dict[str, Any]:
 
 def save_run(config: RunConfig) -> None:
     """A checkpoint of a run that has done 5 iterations (inside a rank)."""
-    trainee = build_trainee(config)
+    training_state = build_training_state(config)
     save_checkpoint(
         config,
-        chunks=trainee.model.chunks,
-        optimizer=trainee.optimizer,
-        scheduler=trainee.scheduler,
+        chunks=training_state.model.chunks,
+        optimizer=training_state.optimizer,
+        scheduler=training_state.scheduler,
         progress=Progress(iteration=5, consumed_tokens=123456),
     )
     distributed.leave_layout()

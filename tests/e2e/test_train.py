@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ponder.config.schema import MethodConfig
-from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.ponder.training_plan import jacobi_iterations
 from tests.e2e import launch
 from tests.e2e.launch import flags, losses, records, run_main, stored_tensors, torchrun
 

@@ -26,13 +26,13 @@ from megatron_ponder.optim.adamw import build_optimizer  # noqa: E402
 from megatron_ponder.optim.update import clipped_update, gradient_norm  # noqa: E402
 from megatron_ponder.parallel.parallel_model import build_parallel_model  # noqa: E402
 from megatron_ponder.parallel.schedule import run_microbatches  # noqa: E402
-from megatron_ponder.ponder.schedule import training_plan  # noqa: E402
+from megatron_ponder.ponder.training_plan import training_plan  # noqa: E402
 from megatron_ponder.runtime import distributed  # noqa: E402
-from megatron_ponder.train.step import Trainee  # noqa: E402
+from megatron_ponder.train.step import TrainingState  # noqa: E402
 from tests.parity.layouts import config_of  # noqa: E402
 
 SMALL = {"num_layers": 2, "micro_batch_size": 2}
-Part = Callable[[RunConfig, Trainee], None]
+Part = Callable[[RunConfig, TrainingState], None]
 
 
 def batches(config: RunConfig) -> Iterator[dict[str, Tensor]]:
@@ -43,9 +43,11 @@ def batches(config: RunConfig) -> Iterator[dict[str, Tensor]]:
         yield {"tokens": ids, "labels": ids.clone(), "loss_mask": torch.ones(shape)}
 
 
-def forward_backward(config: RunConfig, trainee: Trainee, forward_only: bool = False) -> None:
+def forward_backward(
+    config: RunConfig, training_state: TrainingState, forward_only: bool = False
+) -> None:
     """All micro-batches of a step."""
-    training, model = config.training, trainee.model
+    training, model = config.training, training_state.model
     model.zero_grad_buffer()
     size = training.micro_batch_size * distributed.ranks().data_parallel_size
     totals = run_microbatches(
@@ -62,16 +64,16 @@ def forward_backward(config: RunConfig, trainee: Trainee, forward_only: bool = F
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, trainee: Trainee) -> None:
+def evaluate(config: RunConfig, training_state: TrainingState) -> None:
     """The forward of a step, in evaluation mode."""
-    trainee.model.train(False)
-    forward_backward(config, trainee, forward_only=True)
-    trainee.model.train()
+    training_state.model.train(False)
+    forward_backward(config, training_state, forward_only=True)
+    training_state.model.train()
 
 
-def update(config: RunConfig, trainee: Trainee) -> None:
+def update(config: RunConfig, training_state: TrainingState) -> None:
     """Norm, clipping and update as of a training step, twice: the first allocates."""
-    optimizer = trainee.optimizer
+    optimizer = training_state.optimizer
     for _ in range(2):
         optimizer.prepare_grads()
         norm = gradient_norm(optimizer)
@@ -80,9 +82,9 @@ def update(config: RunConfig, trainee: Trainee) -> None:
     assert {state["exp_avg"].device for state in states} == {fake.PLACE}
 
 
-def generate(config: RunConfig, trainee: Trainee) -> None:
+def generate(config: RunConfig, training_state: TrainingState) -> None:
     """Prefill and decode two prompts of different length, with a cache and without."""
-    (module,) = trainee.model.modules
+    (module,) = training_state.model.modules
     module.eval()
     prompts = [torch.ones(5, dtype=torch.int64), torch.ones(3, dtype=torch.int64)]
     plan = module.method.plan(config.method.num_jacobi_iterations)
@@ -111,16 +113,16 @@ def planted(fault: str | None) -> contextlib.AbstractContextManager:
         table = ponder_gpt_model.rotary_table
         misplaced = lambda *given: table(*given).cpu()  # noqa: E731
         return mock.patch.object(ponder_gpt_model, "rotary_table", misplaced)
-    original = PonderGPTModel.read
+    original = PonderGPTModel.norm_outputs
 
-    def read(self: PonderGPTModel, pass_: Any, hidden: Tensor) -> Tensor:
+    def norm_outputs(self: PonderGPTModel, pass_: Any, hidden: Tensor) -> Tensor:
         factor = {
             "reads a number": lambda: hidden.amax().item(),
             "copies to the device": lambda: hidden.new_tensor([1.0]),
         }[fault]()
         return original(self, pass_, hidden * factor)
 
-    return mock.patch.object(PonderGPTModel, "read", read)
+    return mock.patch.object(PonderGPTModel, "norm_outputs", norm_outputs)
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -134,12 +136,12 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         for _, parameter in model.named_parameters():
             assert parameter.device == fake.PLACE
         optimizer, scheduler = build_optimizer(config, model.chunks)
-        trainee = Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
+        training_state = TrainingState(model=model, optimizer=optimizer, scheduler=scheduler)
         for name in case["parts"]:
             mode.waits.clear()
             problem = None
             try:
-                PARTS[name](config, trainee)
+                PARTS[name](config, training_state)
             except (RuntimeError, AssertionError) as error:
                 problem = f"{type(error).__name__}: {error}"
             found[name] = {"problem": problem, "waits": list(mode.waits)}

@@ -15,8 +15,8 @@ from tests.golden.test_golden import violations_of_all, write_checkpoints
 from tests.parity.layouts import config_of
 from tests.parity.test_bf16 import BF16_MODELS, losses_in_bf16
 from tests.ranks import run_ranks
-from tests.unit.checkpoint.small_run import build_trainee, iteration_batches, small_config
-from tests.unit.train.test_host_waits import METHODS
+from tests.unit.checkpoint.small_run import build_training_state, iteration_batches, small_config
+from tests.unit.train.test_synchronizations import METHODS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,16 +44,18 @@ def test_bf16_learns_one_batch(model):
 def _steps_that_may_not_wait(settings):
     """Two steps, and two in which torch refuses to wait for the device; the last one's loss."""
     config = small_config(1, **{**settings, "random_jacobi_iterations": False})
-    trainee = build_trainee(config)
+    training_state = build_training_state(config)
     for iteration in range(1, 5):
         batches = [
             {key: tensor.pin_memory() for key, tensor in batch.items()}
             for batch in iteration_batches(config, iteration)
         ]
         torch.cuda.set_sync_debug_mode("error" if iteration > 2 else "default")
-        step = train_step(config, trainee, iter(batches), iteration=iteration, wants_stop=False)
+        step = train_step(
+            config, training_state, iter(batches), iteration=iteration, wants_stop=False
+        )
     torch.cuda.set_sync_debug_mode("default")
-    loss = step.read().loss
+    loss = step.fetch().loss
     distributed.leave_layout()
     return loss
 

@@ -21,9 +21,11 @@ class Echo(Method):
         """One pass over tokens, K over tokens and echoes; each hands on all that it gave."""
         k = self.config.num_latent_thoughts
         slots = [1] + [2] * k
-        passes = [Pass(index=i, num_stages=n, read_stages=range(n)) for i, n in enumerate(slots)]
+        passes = [
+            Pass(index=i, slots_per_token=n, output_slots=range(n)) for i, n in enumerate(slots)
+        ]
         last = slots[-1]
-        passes[-1] = Pass(index=k, num_stages=last, read_stages=range(last - 1, last))
+        passes[-1] = Pass(index=k, slots_per_token=last, output_slots=range(last - 1, last))
         return PassPlan(passes=tuple(passes))
 
     def embedding_scale(self, hidden_size: int) -> float | None:

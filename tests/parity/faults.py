@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from megatron_ponder.kernels.rotary import rotary_table
+from megatron_ponder.model.output_slots import kept_slots
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
-from megatron_ponder.model.stages import kept_stages
 from megatron_ponder.ponder.plan import PassPlan
 
 
@@ -31,7 +31,7 @@ def _position_per_slot(model: PonderGPTModel) -> None:
         def run_layers_per_slot(pass_, hidden):
             angles = model.rotary_pos_emb.get_emb(model._num_tokens(hidden.size(0)))
             table = rotary_table(angles, 1, hidden.dtype)
-            kept = kept_stages(pass_)
+            kept = kept_slots(pass_)
             model.decoder.set_input_tensor(hidden)
             return model.decoder(hidden, attention_mask=kept, rotary_pos_emb=table)
 
@@ -41,7 +41,7 @@ def _position_per_slot(model: PonderGPTModel) -> None:
     if not model.pre_process:
         return
 
-    def per_slot(slots, num_stages):
+    def per_slot(slots, slots_per_token):
         weight = model.embedding.position_embeddings.weight
         first = slots.size(0) * model.pg_collection.tp.rank() * model.config.sequence_parallel
         positions = torch.arange(first, first + slots.size(0)) % weight.size(0)
@@ -52,14 +52,14 @@ def _position_per_slot(model: PonderGPTModel) -> None:
 
 def _skipped_norm(model: PonderGPTModel) -> None:
     """Feed back hidden states before the final norm."""
-    original = model.read
+    original = model.norm_outputs
 
     def without_norm(pass_, hidden):
-        if pass_.read_stages.stop == pass_.num_stages and pass_.read_stages.start > 0:
+        if pass_.output_slots.stop == pass_.slots_per_token and pass_.output_slots.start > 0:
             return original(pass_, hidden)
         return hidden
 
-    model.read = without_norm
+    model.norm_outputs = without_norm
 
 
 def _loss_at_first_stage(model: PonderGPTModel) -> None:
@@ -67,8 +67,8 @@ def _loss_at_first_stage(model: PonderGPTModel) -> None:
     original = model.run_layers
 
     def misread(pass_, hidden):
-        if pass_.read_stages.start > 0:
-            pass_ = dataclasses.replace(pass_, read_stages=range(1))
+        if pass_.output_slots.start > 0:
+            pass_ = dataclasses.replace(pass_, output_slots=range(1))
         return original(pass_, hidden)
 
     model.run_layers = misread
@@ -191,7 +191,7 @@ def _replicated_gradients_not_summed(model: PonderGPTModel) -> None:
 
 def _norm_in_every_loop(model: PonderGPTModel) -> None:
     """Run the final norm after passes that say it must not."""
-    model.read = lambda pass_, hidden: model.final_norm(hidden)
+    model.norm_outputs = lambda pass_, hidden: model.final_norm(hidden)
 
 
 def _positions_in_every_loop(model: PonderGPTModel) -> None:
@@ -210,8 +210,8 @@ def _unscaled_pause(model: PonderGPTModel) -> None:
 
     def embed(tokens):
         embeddings = original(tokens)
-        num_stages = 1 + len(model.method.extra_token_ids)
-        is_token = (torch.arange(embeddings.size(0)) % num_stages == 0)[:, None, None]
+        slots_per_token = 1 + len(model.method.extra_token_ids)
+        is_token = (torch.arange(embeddings.size(0)) % slots_per_token == 0)[:, None, None]
         return torch.where(is_token, embeddings, embeddings / model.embedding_scale)
 
     model.embed = embed

@@ -21,7 +21,7 @@ from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import ParallelModel, wrap_data_parallel
 from megatron_ponder.parallel.schedule import add_up_over_ranks, run_microbatches
 from megatron_ponder.ponder.plan import PassPlan
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime import distributed
 
 

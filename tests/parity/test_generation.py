@@ -250,7 +250,7 @@ def position_per_slot() -> contextlib.AbstractContextManager:
 
     def places(self):
         lengths = self._lengths
-        stages = self._plan.passes[-1].num_stages
+        stages = self._plan.passes[-1].slots_per_token
         self._lengths = [min(n * stages, NUM_TOKENS - 1) for n in lengths]
         at = original(self)
         self._lengths = lengths
@@ -265,7 +265,7 @@ def stale_slots() -> contextlib.AbstractContextManager:
 
     def begin(self, prompts):
         logits = original(self, prompts)
-        num_stale = max(self._lengths) * self._plan.passes[-1].num_stages
+        num_stale = max(self._lengths) * self._plan.passes[-1].slots_per_token
         cache = self._cache
         for name, kept in cache._buffers.items():
             cache._buffers[name] = torch.cat((kept[:, :, :, :num_stale], kept), dim=3)

@@ -43,13 +43,13 @@ def test_layout_equals_torch(layout, models, checkpoints, truth):
 
 def with_a_wrong_stage(config, checkpoint):
     """Thoughts of a kernel that hands on the stage before the one that is asked for."""
-    original = interleave.select_stages
+    original = interleave.select_slots
 
-    def select(hidden, num_stages, stages):
+    def select(hidden, slots_per_token, stages):
         first = max(stages.start - 1, 0)
-        return original(hidden, num_stages, range(first, first + len(stages)))
+        return original(hidden, slots_per_token, range(first, first + len(stages)))
 
-    interleave.select_stages = select
+    interleave.select_slots = select
     return measure(config, checkpoint, batch(), NUM_STEPS)
 
 

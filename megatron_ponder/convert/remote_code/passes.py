@@ -78,7 +78,7 @@ class Passes:
     def run(
         self,
         slots: Tensor,
-        num_stages: int,
+        slots_per_token: int,
         *,
         index: int = 0,
         keeps: bool = False,
@@ -90,7 +90,7 @@ class Passes:
 
         Args:
             slots: [b, s * m, h], the last m of each new token's slots.
-            num_stages: how many slots each new token has by now, those in the cache included.
+            slots_per_token: how many slots each new token has by now, those in the cache included.
             index: of the cache that has the keys and values to see.
             keeps: whether the new ones are kept, if any are.
             is_last: whether it returns all that the caller wants.
@@ -103,7 +103,7 @@ class Passes:
         elif self.cache is not None and self.num_seen:
             cache = self.cache.view(index)
         seen = self.mask[:, : self.num_seen].repeat_interleave(self.config.slots_per_token, dim=1)
-        new = self.mask[:, self.num_seen :].repeat_interleave(num_stages, dim=1)
+        new = self.mask[:, self.num_seen :].repeat_interleave(slots_per_token, dim=1)
         slots_per_token = slots.size(1) // self.tokens.size(1)
         return self.model.run(
             slots.to(self.tokens.device),
@@ -136,10 +136,10 @@ def ponderlm2(passes: Passes) -> Output:
     if passes.keeps and tokens.size(1) == 1:
         return _slot_by_slot(passes)
 
-    def next_thoughts(thoughts: Tensor | None, num_stages: int, num_read: int) -> Tensor:
-        hidden = passes.run(interleave(tokens, thoughts), num_stages).last_hidden_state
+    def next_thoughts(thoughts: Tensor | None, slots_per_token: int, num_read: int) -> Tensor:
+        hidden = passes.run(interleave(tokens, thoughts), slots_per_token).last_hidden_state
         # [b, s * n, h] -> [b, s, n, h] -> [b, s, read, h]
-        read = hidden.unflatten(1, (-1, num_stages))[:, :, :num_read]
+        read = hidden.unflatten(1, (-1, slots_per_token))[:, :, :num_read]
         return passes.mix(read) if config.mixes_embeddings else read
 
     thoughts: Tensor | None = None

@@ -164,9 +164,9 @@ def interleave(token_embeddings: Tensor, thoughts: Tensor) -> Tensor:
     return _Interleave.apply(token_embeddings, thoughts)
 
 
-def select_stages(hidden: Tensor, num_stages: int, stages: range) -> Tensor:
-    """As `kernels.interleave.select_stages`, where not all are kept."""
-    return _SelectStages.apply(hidden, num_stages, stages)
+def select_slots(hidden: Tensor, slots_per_token: int, stages: range) -> Tensor:
+    """As `kernels.interleave.select_slots`, where not all are kept."""
+    return _SelectSlots.apply(hidden, slots_per_token, stages)
 
 
 class _EmbedAndInterleave(torch.autograd.Function):
@@ -181,11 +181,15 @@ class _EmbedAndInterleave(torch.autograd.Function):
     ) -> Tensor:
         rows = (token_ids.t() - first_row).contiguous()  # [b, s] -> [s, b]
         num_tokens, batch = rows.shape
-        num_stages = 1 if thoughts is None else thoughts.size(0) // num_tokens + 1
+        slots_per_token = 1 if thoughts is None else thoughts.size(0) // num_tokens + 1
         ctx.save_for_backward(rows, weight)
-        ctx.num_stages, ctx.scale, ctx.has_thoughts = num_stages, scale, thoughts is not None
-        out = weight.new_empty(num_tokens * num_stages, batch, weight.size(1))
-        _launch_join(out, weight, rows, thoughts, scale, num_stages)
+        ctx.slots_per_token, ctx.scale, ctx.has_thoughts = (
+            slots_per_token,
+            scale,
+            thoughts is not None,
+        )
+        out = weight.new_empty(num_tokens * slots_per_token, batch, weight.size(1))
+        _launch_join(out, weight, rows, thoughts, scale, slots_per_token)
         return out
 
     @staticmethod
@@ -194,9 +198,9 @@ class _EmbedAndInterleave(torch.autograd.Function):
         gradient = grad_outputs[0].contiguous()
         d_weight = d_thoughts = None
         if ctx.needs_input_grad[1]:
-            d_weight = _table_gradient(gradient, rows, weight, ctx.num_stages, ctx.scale)
+            d_weight = _table_gradient(gradient, rows, weight, ctx.slots_per_token, ctx.scale)
         if ctx.has_thoughts and ctx.needs_input_grad[2]:
-            _, d_thoughts = _parts(gradient, ctx.num_stages, with_tokens=False)
+            _, d_thoughts = _parts(gradient, ctx.slots_per_token, with_tokens=False)
         return None, d_weight, d_thoughts, None, None
 
 
@@ -204,33 +208,33 @@ class _Interleave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token_embeddings: Tensor, thoughts: Tensor) -> Tensor:
         num_tokens, batch, hidden = token_embeddings.shape
-        ctx.num_stages = thoughts.size(0) // num_tokens + 1
-        out = thoughts.new_empty(num_tokens * ctx.num_stages, batch, hidden)
-        _launch_join(out, token_embeddings.contiguous(), None, thoughts, 1.0, ctx.num_stages)
+        ctx.slots_per_token = thoughts.size(0) // num_tokens + 1
+        out = thoughts.new_empty(num_tokens * ctx.slots_per_token, batch, hidden)
+        _launch_join(out, token_embeddings.contiguous(), None, thoughts, 1.0, ctx.slots_per_token)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return _parts(
-            grad_outputs[0].contiguous(), ctx.num_stages, with_tokens=ctx.needs_input_grad[0]
+            grad_outputs[0].contiguous(), ctx.slots_per_token, with_tokens=ctx.needs_input_grad[0]
         )
 
 
-class _SelectStages(torch.autograd.Function):
+class _SelectSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, num_stages: int, stages: range) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, slots_per_token: int, stages: range) -> Tensor:
         num_slots, batch, width = hidden.shape
-        ctx.num_stages, ctx.stages = num_stages, stages
-        kept = hidden.new_empty(num_slots // num_stages * len(stages), batch, width)
-        _launch_select(_select, kept.size(0), hidden.contiguous(), kept, num_stages, stages)
+        ctx.slots_per_token, ctx.stages = slots_per_token, stages
+        kept = hidden.new_empty(num_slots // slots_per_token * len(stages), batch, width)
+        _launch_select(_select, kept.size(0), hidden.contiguous(), kept, slots_per_token, stages)
         return kept
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         gradient = grad_outputs[0].contiguous()
         num_slots, batch, width = gradient.shape
-        whole = gradient.new_empty(num_slots // len(ctx.stages) * ctx.num_stages, batch, width)
-        _launch_select(_unselect, whole.size(0), whole, gradient, ctx.num_stages, ctx.stages)
+        whole = gradient.new_empty(num_slots // len(ctx.stages) * ctx.slots_per_token, batch, width)
+        _launch_select(_unselect, whole.size(0), whole, gradient, ctx.slots_per_token, ctx.stages)
         return whole, None, None
 
 
@@ -240,7 +244,7 @@ def _launch_join(
     rows: Tensor | None,
     thoughts: Tensor | None,
     scale: float,
-    num_stages: int,
+    slots_per_token: int,
 ) -> None:
     """Fill `out` from embeddings by token, or from the table where `rows` says which."""
     num_slots, batch, hidden = out.shape
@@ -253,17 +257,19 @@ def _launch_join(
             scale,
             tokens.size(0),
             batch,
-            num_stages,
+            slots_per_token,
             hidden,
             IS_TABLE=rows is not None,
             BLOCK=triton.next_power_of_2(hidden),
         )
 
 
-def _parts(joined: Tensor, num_stages: int, *, with_tokens: bool) -> tuple[Tensor | None, Tensor]:
+def _parts(
+    joined: Tensor, slots_per_token: int, *, with_tokens: bool
+) -> tuple[Tensor | None, Tensor]:
     """Rows of tokens (or None) and of thoughts, each contiguous."""
     num_slots, batch, hidden = joined.shape
-    num_tokens = num_slots // num_stages
+    num_tokens = num_slots // slots_per_token
     tokens = joined.new_empty(num_tokens, batch, hidden) if with_tokens else None
     thoughts = joined.new_empty(num_slots - num_tokens, batch, hidden)
     if joined.numel():
@@ -272,7 +278,7 @@ def _parts(joined: Tensor, num_stages: int, *, with_tokens: bool) -> tuple[Tenso
             thoughts if tokens is None else tokens,
             thoughts,
             batch,
-            num_stages,
+            slots_per_token,
             hidden,
             HAS_TOKENS=with_tokens,
             BLOCK=triton.next_power_of_2(hidden),
@@ -281,7 +287,7 @@ def _parts(joined: Tensor, num_stages: int, *, with_tokens: bool) -> tuple[Tenso
 
 
 def _launch_select(
-    kernel: Any, num_slots: int, whole: Tensor, kept: Tensor, num_stages: int, stages: range
+    kernel: Any, num_slots: int, whole: Tensor, kept: Tensor, slots_per_token: int, stages: range
 ) -> None:
     """Copy between all stages and those kept, a program for each row that is written."""
     _, batch, hidden = whole.shape
@@ -290,7 +296,7 @@ def _launch_select(
             whole,
             kept,
             batch,
-            num_stages,
+            slots_per_token,
             stages.start,
             len(stages),
             hidden,
@@ -299,7 +305,7 @@ def _launch_select(
 
 
 def _table_gradient(
-    gradient: Tensor, rows: Tensor, weight: Tensor, num_stages: int, scale: float
+    gradient: Tensor, rows: Tensor, weight: Tensor, slots_per_token: int, scale: float
 ) -> Tensor:
     """The table's gradient from that of the slots [s * n, b, h], of which tokens' are read."""
     num_rows, hidden = weight.shape
@@ -321,7 +327,7 @@ def _table_gradient(
         ids.numel(),
         num_rows,
         batch,
-        num_stages,
+        slots_per_token,
         hidden,
         BLOCK=block,
     )

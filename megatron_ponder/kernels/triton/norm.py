@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with what lies around them; see `kernels.stage_norm`, `kernels.residual`.
+"""RMSNorm and LayerNorm with what lies around them; see `kernels.slot_norm`, `kernels.residual`.
 
 A program has ROWS rows at once, more than one of narrow ones. One of the backward goes over
 rows_each rows of the whole sequence: it writes zeros to those that are not read, dx to the others,
@@ -183,16 +183,16 @@ def _backward(
             tl.store(part, tl.sum(d_bias_2, axis=0), mask=columns < width)
 
 
-def norm_stages(
+def norm_slots(
     hidden: Tensor,
-    num_stages: int,
+    slots_per_token: int,
     stages: range,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """As `kernels.stage_norm.norm_stages`."""
-    return _Norm.apply(hidden, None, (num_stages, stages), eps, False, None, weight, bias)
+    """As `kernels.slot_norm.norm_slots`."""
+    return _Norm.apply(hidden, None, (slots_per_token, stages), eps, False, None, weight, bias)
 
 
 def norm_beside_residual(
@@ -231,9 +231,9 @@ class _Norm(torch.autograd.Function):
         branch = None if branch is None else branch.contiguous()
         branch_bias, weight, bias, weight_2, bias_2 = (*parameters, None, None)[:5]
         assert weight is not None
-        num_stages, stages = read
+        slots_per_token, stages = read
         num_slots, batch, width = hidden.shape
-        num_kept = num_slots // num_stages * len(stages)
+        num_kept = num_slots // slots_per_token * len(stages)
         outs = [hidden.new_empty(num_kept, batch, width) for _ in parameters[1::2]]
         total = hidden if branch is None else torch.empty_like(branch)
         inverses = hidden.new_empty(num_kept * batch, dtype=torch.float32)
@@ -260,7 +260,7 @@ class _Norm(torch.autograd.Function):
             inverses,
             num_kept * batch,
             batch,
-            num_stages,
+            slots_per_token,
             stages.start,
             len(stages),
             width,
@@ -279,7 +279,7 @@ class _Norm(torch.autograd.Function):
         hidden, means, inverses, *parameters = ctx.saved_tensors
         gradients = [gradient.contiguous() for gradient in grad_outputs]
         d_normed = gradients[ctx.wants_residual :]
-        num_stages, stages = ctx.read
+        slots_per_token, stages = ctx.read
         num_slots, batch, width = hidden.shape
         num_rows = num_slots * batch
         rows_each = triton.cdiv(num_rows, _max_programs(**ctx.flags))
@@ -303,7 +303,7 @@ class _Norm(torch.autograd.Function):
             num_rows,
             rows_each,
             batch,
-            num_stages,
+            slots_per_token,
             stages.start,
             len(stages),
             width,

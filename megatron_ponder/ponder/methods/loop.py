@@ -25,11 +25,11 @@ class Loop(Method):
             passes=tuple(
                 Pass(
                     index=index,
-                    num_stages=1,
-                    read_stages=range(1),
+                    slots_per_token=1,
+                    output_slots=range(1),
                     final_norm=index == k,
                     add_positions=index == 0,
-                    reads_tokens=index == 0,
+                    embeds_tokens=index == 0,
                 )
                 for index in range(k + 1)
             )

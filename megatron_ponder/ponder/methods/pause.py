@@ -23,7 +23,7 @@ class Pause(Method):
         """One pass, read at the last pause slot."""
         k = self.config.num_latent_thoughts
         return PassPlan(
-            passes=(Pass(index=0, num_stages=k + 1, read_stages=range(k, k + 1)),),
+            passes=(Pass(index=0, slots_per_token=k + 1, output_slots=range(k, k + 1)),),
         )
 
     @property

@@ -33,9 +33,9 @@ class PonderLM(Method):
             passes=tuple(
                 Pass(
                     index=index,
-                    num_stages=1,
-                    read_stages=range(1),
-                    reads_tokens=index == 0 or not self._accumulates,
+                    slots_per_token=1,
+                    output_slots=range(1),
+                    embeds_tokens=index == 0 or not self._accumulates,
                     mixes_embeddings=self._mixes and index < k,
                     carries_input=self._accumulates and index < k,
                 )
@@ -58,9 +58,11 @@ class PonderLM(Method):
             return token_embeddings
         return carry if self._accumulates else token_embeddings + carry
 
-    def build_carry(self, pass_: Pass, read: Tensor, mix: Mix, pass_input: Tensor | None) -> Tensor:
+    def build_carry(
+        self, pass_: Pass, outputs: Tensor, mix: Mix, pass_input: Tensor | None
+    ) -> Tensor:
         """The mixture or the hidden states, added to the pass's input where they accumulate."""
-        fed_back = mix(read) if self._mixes else read
+        fed_back = mix(outputs) if self._mixes else outputs
         return fed_back if pass_input is None else pass_input + fed_back
 
     @property

@@ -43,11 +43,11 @@ class PonderLM2(Method):
             passes=tuple(
                 Pass(
                     index=index,
-                    num_stages=num_stages,
-                    read_stages=read_stages,
+                    slots_per_token=slots_per_token,
+                    output_slots=output_slots,
                     mixes_embeddings=self.config.interpolation and index < k + r,
                 )
-                for index, (num_stages, read_stages) in enumerate(growth + jacobi + loss)
+                for index, (slots_per_token, output_slots) in enumerate(growth + jacobi + loss)
             )
         )
 
@@ -64,9 +64,11 @@ class PonderLM2(Method):
         """Each token's embedding, then the thoughts handed on by the previous pass."""
         return interleave(token_embeddings, carry)
 
-    def build_carry(self, pass_: Pass, read: Tensor, mix: Mix, pass_input: Tensor | None) -> Tensor:
+    def build_carry(
+        self, pass_: Pass, outputs: Tensor, mix: Mix, pass_input: Tensor | None
+    ) -> Tensor:
         """The next thoughts: hidden states, or mixtures."""
-        return mix(read) if pass_.mixes_embeddings else read
+        return mix(outputs) if pass_.mixes_embeddings else outputs
 
     def decoding_plan(self, plan: PassPlan) -> DecodingPlan:
         """The slots of a token one by one, behind all those of the tokens before."""
@@ -74,9 +76,9 @@ class PonderLM2(Method):
         passes = tuple(
             Pass(
                 index=index,
-                num_stages=1,
-                read_stages=range(1),
-                reads_tokens=index == 0,
+                slots_per_token=1,
+                output_slots=range(1),
+                embeds_tokens=index == 0,
                 mixes_embeddings=self.config.interpolation and index < k,
             )
             for index in range(k + 1)

@@ -18,7 +18,7 @@ class Vanilla(Method):
 
     def plan(self, num_jacobi_iterations: int) -> PassPlan:
         """One pass over the tokens."""
-        return PassPlan(passes=(Pass(index=0, num_stages=1, read_stages=range(1)),))
+        return PassPlan(passes=(Pass(index=0, slots_per_token=1, output_slots=range(1)),))
 
     def embedding_scale(self, hidden_size: int) -> float | None:
         """Embeddings are used as they are."""

@@ -8,7 +8,7 @@ from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 
 SMALL = (
     "--num-layers 3 --hidden-size 32 --num-attention-heads 4 --vocab-size 100 --seq-length 12 "

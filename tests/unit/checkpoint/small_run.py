@@ -15,7 +15,7 @@ from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import build_parallel_model
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.runtime import distributed
-from megatron_ponder.train.step import StepResult, Trainee, train_step
+from megatron_ponder.train.step import StepResult, TrainingState, train_step
 from tests.parity.measure import gather_weights
 
 VOCAB_SIZE = 61
@@ -63,22 +63,24 @@ def iteration_batches(config: RunConfig, iteration: int) -> Iterator[Batch]:
         }
 
 
-def build_trainee(config: RunConfig) -> Trainee:
+def build_training_state(config: RunConfig) -> TrainingState:
     """Model, optimizer and schedule; starts the layout."""
     distributed.initialize(config.parallel, config.training.seed)
     model = build_parallel_model(config)
     optimizer, scheduler = build_optimizer(config, model.chunks)
-    return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
+    return TrainingState(model=model, optimizer=optimizer, scheduler=scheduler)
 
 
 def run_iterations(
-    config: RunConfig, trainee: Trainee, progress: Progress, last: int
+    config: RunConfig, training_state: TrainingState, progress: Progress, last: int
 ) -> list[StepResult]:
     """Iterations up to and including `last`."""
     steps = []
     for iteration in range(progress.iteration + 1, last + 1):
         batches = iteration_batches(config, iteration)
-        step = train_step(config, trainee, batches, iteration=iteration, wants_stop=False).read()
+        step = train_step(
+            config, training_state, batches, iteration=iteration, wants_stop=False
+        ).fetch()
         assert step.is_updated
         progress.iteration = iteration
         progress.consumed_tokens += step.num_tokens
@@ -86,36 +88,36 @@ def run_iterations(
     return steps
 
 
-def parts(trainee: Trainee) -> dict[str, Any]:
+def parts(training_state: TrainingState) -> dict[str, Any]:
     """What saving and loading take."""
     return {
-        "chunks": trainee.model.chunks,
-        "optimizer": trainee.optimizer,
-        "scheduler": trainee.scheduler,
+        "chunks": training_state.model.chunks,
+        "optimizer": training_state.optimizer,
+        "scheduler": training_state.scheduler,
     }
 
 
 def save_midway(config: RunConfig, at: int, last: int) -> dict[str, object]:
     """Train to `at`, save into config's --save, train on to `last`."""
-    trainee = build_trainee(config)
+    training_state = build_training_state(config)
     progress = Progress()
-    run_iterations(config, trainee, progress, at)
-    save_checkpoint(config, progress=progress, **parts(trainee))
-    steps = run_iterations(config, trainee, progress, last)
+    run_iterations(config, training_state, progress, at)
+    save_checkpoint(config, progress=progress, **parts(training_state))
+    steps = run_iterations(config, training_state, progress, last)
     draw = torch.rand(3)
-    result = {"steps": steps, "weights": gather_weights(trainee.model), "draw": draw}
+    result = {"steps": steps, "weights": gather_weights(training_state.model), "draw": draw}
     distributed.leave_layout()
     return result
 
 
 def resume(config: RunConfig, last: int) -> dict[str, object]:
     """Load the newest checkpoint of config's --load, train on to `last`."""
-    trainee = build_trainee(config)
+    training_state = build_training_state(config)
     assert config.checkpoint.load is not None
     checkpoint = locate(Path(config.checkpoint.load), config.checkpoint.ckpt_step)
-    progress = load_checkpoint(config, checkpoint, **parts(trainee))
-    steps = run_iterations(config, trainee, progress, last)
+    progress = load_checkpoint(config, checkpoint, **parts(training_state))
+    steps = run_iterations(config, training_state, progress, last)
     draw = torch.rand(3)
-    result = {"steps": steps, "weights": gather_weights(trainee.model), "draw": draw}
+    result = {"steps": steps, "weights": gather_weights(training_state.model), "draw": draw}
     distributed.leave_layout()
     return result

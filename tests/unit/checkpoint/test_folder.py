@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.checkpoint import layout
+from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.comparison import other_differences, shape_differences
 from megatron_ponder.checkpoint.reader import find_checkpoint, read_config
 from megatron_ponder.checkpoint.writer import prepare_folder
@@ -17,11 +17,11 @@ from tests.unit.checkpoint.small_run import small_config
 def _publish(folder: Path, *iterations: int) -> None:
     """Checkpoints with a config and one data file."""
     for iteration in iterations:
-        unfinished = layout.unfinished_folder(folder, iteration)
+        unfinished = storage.unfinished_folder(folder, iteration)
         unfinished.mkdir(parents=True)
         (unfinished / "__0_0.distcp").write_bytes(b"x" * 100)
-        (unfinished / layout.CONFIG_FILE).write_text(dump_yaml(small_config()))
-        layout.publish(folder, iteration)
+        (unfinished / storage.CONFIG_FILE).write_text(dump_yaml(small_config()))
+        storage.publish(folder, iteration)
 
 
 def test_publishing_leaves_only_finished_files(tmp_path: Path) -> None:
@@ -29,10 +29,10 @@ def test_publishing_leaves_only_finished_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "iter_0000005",
         "iter_0000010",
-        layout.LATEST_FILE,
+        storage.LATEST_FILE,
     ]
-    assert (tmp_path / layout.LATEST_FILE).read_text() == "10\n"
-    layout.check_files(tmp_path / "iter_0000010")
+    assert (tmp_path / storage.LATEST_FILE).read_text() == "10\n"
+    storage.check_files(tmp_path / "iter_0000010")
 
 
 def test_publishing_again_replaces(tmp_path: Path) -> None:
@@ -40,14 +40,14 @@ def test_publishing_again_replaces(tmp_path: Path) -> None:
     (tmp_path / "iter_0000005" / "stray").write_text("from the run before")
     _publish(tmp_path, 5)
     assert not (tmp_path / "iter_0000005" / "stray").exists()
-    layout.check_files(tmp_path / "iter_0000005")
+    storage.check_files(tmp_path / "iter_0000005")
 
 
 def test_an_unfinished_checkpoint_is_not_there(tmp_path: Path) -> None:
     _publish(tmp_path, 5)
-    layout.unfinished_folder(tmp_path, 10).mkdir()
-    assert layout.stored_iterations(tmp_path) == [5]
-    assert layout.choose_iteration(tmp_path, None) == 5
+    storage.unfinished_folder(tmp_path, 10).mkdir()
+    assert storage.stored_iterations(tmp_path) == [5]
+    assert storage.choose_iteration(tmp_path, None) == 5
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_pruning_keeps_the_newest_and_later_ones(
     keep: int | None, newest: int, left: list[int], tmp_path: Path
 ) -> None:
     _publish(tmp_path, 5, 10, 15, 20, 25)
-    layout.prune(tmp_path, newest, keep)
-    assert layout.stored_iterations(tmp_path) == left
+    storage.prune(tmp_path, newest, keep)
+    assert storage.stored_iterations(tmp_path) == left
 
 
 def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     assert found is not None and found.name == "iter_0000005"
     with pytest.raises(CheckpointError, match=r"iteration 7.*Stored iterations: 5, 10"):
         find_checkpoint(CheckpointConfig(load=folder, ckpt_step=7))
-    Path(folder, layout.LATEST_FILE).write_text("ten")
+    Path(folder, storage.LATEST_FILE).write_text("ten")
     with pytest.raises(CheckpointError, match="'ten'"):
         find_checkpoint(CheckpointConfig(load=folder))
 
@@ -120,7 +120,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
 
 def test_a_config_of_another_version(tmp_path: Path) -> None:
     _publish(tmp_path, 5)
-    with (tmp_path / "iter_0000005" / layout.CONFIG_FILE).open("a") as file:
+    with (tmp_path / "iter_0000005" / storage.CONFIG_FILE).open("a") as file:
         file.write("setting_of_the_future: 1\n")
     with pytest.raises(CheckpointError, match="setting_of_the_future"):
         read_config(tmp_path / "iter_0000005")

@@ -17,10 +17,10 @@ from megatron_ponder.model.init import name_in_whole_model
 from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import ParallelModel, wrap_data_parallel
 from megatron_ponder.runtime import distributed
-from megatron_ponder.train.step import Trainee
+from megatron_ponder.train.step import TrainingState
 from tests.parity.tolerances import LOGITS_ABSOLUTE, largest_difference
 from tests.ranks import run_ranks
-from tests.unit.checkpoint.small_run import build_trainee, run_iterations, small_config
+from tests.unit.checkpoint.small_run import build_training_state, run_iterations, small_config
 from tests.unit.convert.conversion import alone, config_of, convert_well, export, stored_weights
 from tests.unit.convert.stock_models import MODELS, stock_config, write_stock_model
 from tests.unit.convert.test_round_trip import assert_same_weights, checkpoint_logits
@@ -115,18 +115,18 @@ def train_and_save(folder: str) -> None:
         save=folder,
         architecture="llama",
     )
-    trainee, progress = build_trainee(config), Progress()
-    run_iterations(config, trainee, progress, last=2)
-    save(config, trainee, progress)
+    training_state, progress = build_training_state(config), Progress()
+    run_iterations(config, training_state, progress, last=2)
+    save(config, training_state, progress)
     distributed.leave_layout()
 
 
-def save(config: RunConfig, trainee: Trainee, progress: Progress) -> None:
+def save(config: RunConfig, training_state: TrainingState, progress: Progress) -> None:
     save_checkpoint(
         config,
-        chunks=trainee.model.chunks,
-        optimizer=trainee.optimizer,
-        scheduler=trainee.scheduler,
+        chunks=training_state.model.chunks,
+        optimizer=training_state.optimizer,
+        scheduler=training_state.scheduler,
         progress=progress,
     )
 
@@ -148,17 +148,17 @@ def train_imported(folder: str, world_size: int, **settings: object) -> list[flo
     from megatron_ponder.checkpoint.reader import load_checkpoint, locate
 
     config = small_config(world_size=world_size, **settings, load=folder)
-    trainee = build_trainee(config)
+    training_state = build_training_state(config)
     progress = load_checkpoint(
         config,
         locate(Path(folder)),
-        chunks=trainee.model.chunks,
-        optimizer=trainee.optimizer,
-        scheduler=trainee.scheduler,
+        chunks=training_state.model.chunks,
+        optimizer=training_state.optimizer,
+        scheduler=training_state.scheduler,
         data={},
     )
     assert progress == Progress()
-    steps = run_iterations(config, trainee, progress, last=2)
+    steps = run_iterations(config, training_state, progress, last=2)
     distributed.leave_layout()
     return [step.loss for step in steps]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ponder.kernels.dispatch import kernels_chosen
-from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_stages
+from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_slots
 from tests.unit.kernels.tolerances import DEVICE, FORWARD, GRADIENT, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,7 +111,7 @@ def test_interleave_takes_strided_tensors():
 @pytest.mark.parametrize("stages", [range(1), range(1, 3), range(2, 3), range(3)])
 def test_select_stages(stages, dtype):
     hidden = randn(12, 2, 7, seed=1, dtype=dtype)
-    for ours, theirs in compare(lambda x: select_stages(x, 3, stages), hidden):
+    for ours, theirs in compare(lambda x: select_slots(x, 3, stages), hidden):
         assert torch.equal(ours, theirs)
 
 

@@ -14,31 +14,31 @@ def angles_of(num_tokens, r, base=10000.0):
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def turned(x, num_stages, r):
+def turned(x, slots_per_token, r):
     """[slots, b, heads, d] rotated as complex numbers, slot by slot."""
     y = x.clone()
     for slot in range(x.size(0)):
-        angles = angles_of(x.size(0), r)[slot // num_stages, 0, 0, :r]
+        angles = angles_of(x.size(0), r)[slot // slots_per_token, 0, 0, :r]
         pairs = torch.complex(x[slot, ..., :r], x[slot, ..., r : 2 * r])
         pairs = pairs * torch.polar(torch.ones(r, dtype=torch.float64), angles)
         y[slot, ..., :r], y[slot, ..., r : 2 * r] = pairs.real, pairs.imag
     return y
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("slots_per_token", [1, 2, 3])
 @pytest.mark.parametrize("d, r", [(8, 4), (8, 1), (6, 2)])
 @pytest.mark.parametrize("queries_per_group", [1, 3])
-def test_is_a_complex_rotation_at_the_tokens_position(num_stages, d, r, queries_per_group):
+def test_is_a_complex_rotation_at_the_tokens_position(slots_per_token, d, r, queries_per_group):
     num_tokens, groups = 5, 2
-    table = rotary_table(angles_of(num_tokens, r), num_stages, torch.float64)
+    table = rotary_table(angles_of(num_tokens, r), slots_per_token, torch.float64)
     mixed = torch.randn(
-        num_tokens * num_stages, 2, groups, (queries_per_group + 2) * d, dtype=torch.float64
+        num_tokens * slots_per_token, 2, groups, (queries_per_group + 2) * d, dtype=torch.float64
     )
     query, key, value = split_and_rotate(mixed, table, d)
     parts = mixed.split((queries_per_group * d, d, d), dim=-1)
     heads = [part.reshape(*mixed.shape[:2], -1, d) for part in parts]
-    torch.testing.assert_close(query, turned(heads[0], num_stages, r))
-    torch.testing.assert_close(key, turned(heads[1], num_stages, r))
+    torch.testing.assert_close(query, turned(heads[0], slots_per_token, r))
+    torch.testing.assert_close(key, turned(heads[1], slots_per_token, r))
     assert torch.equal(value, heads[2])
     assert torch.equal(query[..., 2 * r :], heads[0][..., 2 * r :])
 
@@ -62,13 +62,13 @@ def test_keeps_the_dtype(dtype):
     assert {part.dtype for part in split_and_rotate(mixed, table, 4)} == {dtype}
 
 
-def with_gradient(kernels, mixed, num_stages, r, d, num_tokens=5):
+def with_gradient(kernels, mixed, slots_per_token, r, d, num_tokens=5):
     """Queries, keys and values as attention would take them, and the projection's gradient."""
     leaf = mixed.clone().requires_grad_()
     with kernels_chosen(kernels):
         # In fp32 in both: torch's table would be rounded to 16 bits.
         angles = angles_of(num_tokens, r).float().to(DEVICE)
-        table = rotary_table(angles, num_stages, torch.float32)
+        table = rotary_table(angles, slots_per_token, torch.float32)
         parts = split_and_rotate(leaf * 1, table, d)  # not the leaf itself: Triton overwrites
         generator = torch.Generator().manual_seed(4)
         gradients = [
@@ -93,13 +93,13 @@ TRITON_SHAPES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("groups, queries_per_group, d, r, num_stages", TRITON_SHAPES)
-def test_triton_equals_torch(groups, queries_per_group, d, r, num_stages, dtype):
+@pytest.mark.parametrize("groups, queries_per_group, d, r, slots_per_token", TRITON_SHAPES)
+def test_triton_equals_torch(groups, queries_per_group, d, r, slots_per_token, dtype):
     generator = torch.Generator().manual_seed(groups)
-    shape = 5 * num_stages, 2, groups, (queries_per_group + 2) * d
+    shape = 5 * slots_per_token, 2, groups, (queries_per_group + 2) * d
     mixed = torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    ours = with_gradient("triton", mixed, num_stages, r, d)
-    expected = with_gradient("torch", mixed.float(), num_stages, r, d)
+    ours = with_gradient("triton", mixed, slots_per_token, r, d)
+    expected = with_gradient("torch", mixed.float(), slots_per_token, r, d)
     for actual, reference in zip(ours[:3], expected[:3], strict=True):
         assert_close(actual, reference.to(dtype), FORWARD)
     assert_close(ours[3], expected[3].to(dtype), GRADIENT)

@@ -13,7 +13,7 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.model.build import build_model
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime import distributed
 from tests.parity.layouts import GPT2, LLAMA, MODELS, NEOX, SEQ_LENGTH, VANILLA, config_of
 from tests.ranks import run_ranks

@@ -12,7 +12,7 @@ from megatron_ponder.runtime import distributed
 from megatron_ponder.train.step import train_step
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import (
-    build_trainee,
+    build_training_state,
     iteration_batches,
     run_iterations,
     small_config,
@@ -68,8 +68,8 @@ def test_decay(style: str, expected) -> None:
 def _step_beside_torch(settings: dict) -> dict[str, float]:
     """Largest difference of each weight from torch's AdamW on the same gradients, after steps."""
     config = small_config(1, weight_decay=WEIGHT_DECAY, **settings)
-    trainee = build_trainee(config)
-    model = trainee.model.modules[0]
+    training_state = build_training_state(config)
+    model = training_state.model.modules[0]
     named = dict(model.named_parameters())
     copies = {name: p.detach().clone().float().requires_grad_() for name, p in named.items()}
     decayed = [c for c in copies.values() if c.dim() > 1]
@@ -85,7 +85,9 @@ def _step_beside_torch(settings: dict) -> dict[str, float]:
     )
     for iteration in range(1, NUM_STEPS + 1):
         batches = iteration_batches(config, iteration)
-        step = train_step(config, trainee, batches, iteration=iteration, wants_stop=False).read()
+        step = train_step(
+            config, training_state, batches, iteration=iteration, wants_stop=False
+        ).fetch()
         for name, parameter in named.items():
             copies[name].grad = parameter.main_grad.clone().float()
         for group in reference.param_groups:
@@ -116,10 +118,12 @@ def test_updates_are_torch_adamw(settings: dict) -> None:
 def _norms(clip_grad: float) -> list[float]:
     """Gradient norms of some steps."""
     config = small_config(1, clip_grad=clip_grad)
-    trainee = build_trainee(config)
-    norms = [step.grad_norm for step in run_iterations(config, trainee, Progress(), NUM_STEPS)]
+    training_state = build_training_state(config)
+    norms = [
+        step.grad_norm for step in run_iterations(config, training_state, Progress(), NUM_STEPS)
+    ]
     clipped = math.sqrt(
-        sum(p.main_grad.square().sum().item() for p in trainee.model.modules[0].parameters())
+        sum(p.main_grad.square().sum().item() for p in training_state.model.modules[0].parameters())
     )
     distributed.leave_layout()
     return [*norms, clipped]

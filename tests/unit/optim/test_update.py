@@ -10,11 +10,11 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_ponder.optim.update import clipped_update, gradient_norm
 from megatron_ponder.parallel.schedule import run_microbatches
-from megatron_ponder.ponder.schedule import training_plan
+from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime import distributed
-from megatron_ponder.train.step import Trainee, num_microbatches
+from megatron_ponder.train.step import TrainingState, num_microbatches
 from tests.ranks import run_ranks
-from tests.unit.checkpoint.small_run import build_trainee, iteration_batches, small_config
+from tests.unit.checkpoint.small_run import build_training_state, iteration_batches, small_config
 
 TIED = {"untie_embeddings_and_output_weights": False}
 DISTRIBUTED = {"use_distributed_optimizer": True}
@@ -35,32 +35,32 @@ CLIP_GRAD = 0.05
 LR = 1e-2
 
 
-def _with_gradients(world_size: int, settings: dict) -> Trainee:
+def _with_gradients(world_size: int, settings: dict) -> TrainingState:
     """A model and its gradient, prepared, with the learning rate of a first update."""
     config = small_config(world_size, clip_grad=CLIP_GRAD, lr=LR, **settings)
-    trainee = build_trainee(config)
-    _compute_gradients(trainee, config, iteration=1)
-    return trainee
+    training_state = build_training_state(config)
+    _compute_gradients(training_state, config, iteration=1)
+    return training_state
 
 
-def _compute_gradients(trainee: Trainee, config, iteration: int) -> None:
-    trainee.model.zero_grad_buffer()
-    trainee.optimizer.zero_grad()
+def _compute_gradients(training_state: TrainingState, config, iteration: int) -> None:
+    training_state.model.zero_grad_buffer()
+    training_state.optimizer.zero_grad()
     run_microbatches(
-        trainee.model,
+        training_state.model,
         iteration_batches(config, iteration),
-        plan=training_plan(trainee.model.method, 1),
+        plan=training_plan(training_state.model.method, 1),
         num_microbatches=num_microbatches(config),
         micro_batch_size=config.training.micro_batch_size,
         seq_length=config.data.seq_length,
     )
-    trainee.optimizer.prepare_grads()
+    training_state.optimizer.prepare_grads()
 
 
 def _norms(world_size: int, settings: dict) -> tuple[float, float]:
     """Ours and megatron-core's."""
-    trainee = _with_gradients(world_size, settings)
-    norms = gradient_norm(trainee.optimizer).item(), trainee.optimizer.get_grad_norm()
+    training_state = _with_gradients(world_size, settings)
+    norms = gradient_norm(training_state.optimizer).item(), training_state.optimizer.get_grad_norm()
     distributed.leave_layout()
     return norms
 
@@ -75,11 +75,11 @@ def test_norm_is_megatron_cores(layout: str) -> None:
     assert ours == pytest.approx(expected, rel=1e-7)
 
 
-def _state(trainee: Trainee) -> list[torch.Tensor]:
+def _state(training_state: TrainingState) -> list[torch.Tensor]:
     """Weights, masters, moments and counts of steps of this rank."""
-    (part,) = trainee.optimizer.chained_optimizers
+    (part,) = training_state.optimizer.chained_optimizers
     state = [value for each in part.optimizer.state.values() for value in each.values()]
-    weights = [parameter for _, parameter in trainee.model.named_parameters()]
+    weights = [parameter for _, parameter in training_state.model.named_parameters()]
     return copy.deepcopy([t.detach() for t in (*weights, *part.get_parameters(), *state)])
 
 
@@ -93,11 +93,11 @@ def _updates(world_size: int, settings: dict, clip_grad: float) -> dict[str, flo
     config = small_config(world_size, clip_grad=clip_grad, lr=LR, **settings)
     ends = []
     for is_ours in (True, False):
-        trainee = build_trainee(config)
-        optimizer = trainee.optimizer
-        start = _state(trainee)
+        training_state = build_training_state(config)
+        optimizer = training_state.optimizer
+        start = _state(training_state)
         for iteration in (1, 2):
-            _compute_gradients(trainee, config, iteration)
+            _compute_gradients(training_state, config, iteration)
             norm = gradient_norm(optimizer)
             if is_ours:
                 clipped_update(optimizer, norm, torch.tensor(True))
@@ -107,7 +107,7 @@ def _updates(world_size: int, settings: dict, clip_grad: float) -> dict[str, flo
                         part.get_parameters(), part.config.clip_grad, norm.item()
                     )
                 optimizer.step_with_ready_grads()
-        ends.append(_state(trainee))
+        ends.append(_state(training_state))
         distributed.leave_layout()
     moved = _largest_difference(start, ends[0][: len(start)])
     return {"moved": moved, "apart": _largest_difference(*ends)}
@@ -127,10 +127,10 @@ def test_update_is_megatron_cores(layout: str) -> None:
 
 def _skips(world_size: int, settings: dict, poison: float) -> dict[str, object]:
     """An update, a skipped one with a gradient that is not finite on one rank, and another."""
-    trainee = _with_gradients(world_size, settings)
-    optimizer = trainee.optimizer
+    training_state = _with_gradients(world_size, settings)
+    optimizer = training_state.optimizer
     clipped_update(optimizer, gradient_norm(optimizer), torch.tensor(True))
-    before = _state(trainee)
+    before = _state(training_state)
     inner = optimizer.chained_optimizers[0].optimizer
     parameter = inner.param_groups[0]["params"][0]
     kept = parameter.grad.clone()
@@ -138,14 +138,14 @@ def _skips(world_size: int, settings: dict, poison: float) -> dict[str, object]:
         parameter.grad.view(-1)[0] = poison
     norm = gradient_norm(optimizer)
     clipped_update(optimizer, norm, torch.isfinite(norm))
-    skipped = _largest_difference(before, _state(trainee))
+    skipped = _largest_difference(before, _state(training_state))
     parameter.grad.copy_(kept)
     for group in inner.param_groups:
         for each in group["params"]:
             each.grad.nan_to_num_(0.0, 0.0, 0.0)
     norm_after = gradient_norm(optimizer)
     clipped_update(optimizer, norm_after, torch.isfinite(norm_after))
-    after = _largest_difference(before, _state(trainee))
+    after = _largest_difference(before, _state(training_state))
     distributed.leave_layout()
     return {"norm": norm.item(), "skipped": skipped, "after": after, "steps": _steps(inner)}
 
@@ -167,19 +167,19 @@ def test_nothing_moves_where_the_gradient_is_not_finite(layout: str, poison: flo
 
 def _without_scale() -> tuple[float, float, float]:
     """torch's SGD stands for an optimizer that takes neither a scale nor a reason to skip."""
-    trainee = _with_gradients(1, {})
+    training_state = _with_gradients(1, {})
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="sgd", lr=1.0, clip_grad=CLIP_GRAD, weight_decay=0.0),
-        trainee.model.chunks,
+        training_state.model.chunks,
     )
     optimizer.prepare_grads()
-    start = _state(trainee)
+    start = _state(training_state)
     norm = gradient_norm(optimizer)
     clipped_update(optimizer, norm, torch.tensor(False))
-    skipped = _largest_difference(start, _state(trainee))
+    skipped = _largest_difference(start, _state(training_state))
     clipped_update(optimizer, norm, torch.tensor(True))
-    moved = [a - b for a, b in zip(start, _state(trainee), strict=True)]
-    num_weights = len(list(trainee.model.named_parameters()))
+    moved = [a - b for a, b in zip(start, _state(training_state), strict=True)]
+    num_weights = len(list(training_state.model.named_parameters()))
     length = torch.cat([m.flatten() for m in moved[:num_weights]]).norm().item()
     distributed.leave_layout()
     return norm.item(), skipped, length

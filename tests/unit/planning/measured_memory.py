@@ -7,7 +7,7 @@ import torch
 from megatron_ponder.benchmark.step_memory import held_bytes, step_bytes
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.runtime.distributed import initialize, leave_layout
-from megatron_ponder.train.run import build_trainee
+from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
 
 
@@ -19,16 +19,16 @@ def measure(config: RunConfig) -> dict[str, int]:
     """
     initialize(config.parallel, config.training.seed)
     try:
-        trainee = build_trainee(config)
+        training_state = build_training_state(config)
         batches = random_batches(config)
 
         def step() -> None:
-            train_step(config, trainee, batches, iteration=1, wants_stop=False).read()
+            train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
 
         for _ in range(2):  # the optimizer's state appears in the first
             step()
         added = step_bytes(step)
-        return held_bytes(trainee) | {"step": added}
+        return held_bytes(training_state) | {"step": added}
     finally:
         leave_layout()
 

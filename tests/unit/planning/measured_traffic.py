@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.runtime.distributed import initialize, leave_layout
-from megatron_ponder.train.run import build_trainee
+from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
 from tests.unit.planning.measured_memory import random_batches
 
@@ -40,10 +40,10 @@ def measure_traffic(config: RunConfig) -> dict[str, float]:
     """In a rank: bytes that it sends in one training step."""
     initialize(config.parallel, config.training.seed)
     try:
-        trainee = build_trainee(config)
+        training_state = build_training_state(config)
         batches = random_batches(config)
         with CountSent() as counter:
-            train_step(config, trainee, batches, iteration=1, wants_stop=False).read()
+            train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
         return counter.sent
     finally:
         leave_layout()

@@ -47,11 +47,11 @@ class Communicator:
     """megatron-core's P2PCommunicator without a peer."""
 
     def __init__(self, pipeline: Pipeline, stage: int, config: Any, log: list[Entry]) -> None:
-        self.pp_group = Group(pipeline.num_stages, stage)
+        self.pp_group = Group(pipeline.num_pipeline_stages, stage)
         # What megatron-core 0.19 asks the communicator, and 0.16 the group.
-        self.total_stages, self.current_stage = pipeline.num_stages, stage
+        self.total_stages, self.current_stage = pipeline.num_pipeline_stages, stage
         self.is_pp_first_stage = stage == 0
-        self.is_pp_last_stage = stage == pipeline.num_stages - 1
+        self.is_pp_last_stage = stage == pipeline.num_pipeline_stages - 1
         self.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
         self.config, self.log = config, log
 
@@ -159,7 +159,7 @@ def recorded_schedule(pipeline: Pipeline, stage: int) -> list[Entry]:
     config.virtual_pipeline_model_parallel_size = (
         pipeline.num_chunks if pipeline.is_interleaved else None
     )
-    config.microbatch_group_size_per_vp_stage = pipeline.num_stages
+    config.microbatch_group_size_per_vp_stage = pipeline.num_pipeline_stages
     config.overlap_p2p_comm = is_overlapped
     config.batch_p2p_comm = not is_overlapped
     config.calculate_per_token_loss = True
@@ -167,7 +167,7 @@ def recorded_schedule(pipeline: Pipeline, stage: int) -> list[Entry]:
     groups = ProcessGroupCollection()
     groups.tp, groups.cp, groups.dp_cp = Group(), Group(), Group()
     groups.embd = groups.pos_embd = None
-    groups.pp = Group(pipeline.num_stages, stage)
+    groups.pp = Group(pipeline.num_pipeline_stages, stage)
 
     def forward_step(batches: Any, model: _Chunk) -> tuple[Tensor, Any]:
         x = model.input if model.input is not None else torch.zeros(1, requires_grad=True)
@@ -196,7 +196,7 @@ def recorded_schedule(pipeline: Pipeline, stage: int) -> list[Entry]:
 def communicator_for_counts(pipeline: Pipeline, stage: int) -> Any:
     """What `get_pp_rank_microbatches` asks of a communicator."""
     return SimpleNamespace(
-        pp_group=Group(pipeline.num_stages, stage),
+        pp_group=Group(pipeline.num_pipeline_stages, stage),
         virtual_pipeline_model_parallel_size=pipeline.num_chunks
         if pipeline.is_interleaved
         else None,

@@ -40,7 +40,7 @@ RECORDED = [
 
 @pytest.mark.parametrize(("p", "c", "m"), SIZES)
 def test_table_and_counts_are_megatron_cores(p: int, c: int, m: int) -> None:
-    pipeline = Pipeline(num_stages=p, num_chunks=c, num_microbatches=m)
+    pipeline = Pipeline(num_pipeline_stages=p, num_chunks=c, num_microbatches=m)
     if c > 1:
         table = schedules.get_schedule_table(m, c, p)
         assert [(work.microbatch, work.chunk) for work in pipeline.forwards] == table
@@ -60,7 +60,7 @@ def test_instructions_are_what_megatron_core_does() -> None:
     """In one process, with a stand-in for the communicator (recorded_schedule.py)."""
     pipelines = [
         Pipeline(
-            num_stages=p,
+            num_pipeline_stages=p,
             num_chunks=c,
             num_microbatches=m,
             overlap=overlap,
@@ -80,7 +80,7 @@ def _record(pipelines: list[Pipeline]) -> list[list[list[Entry]]]:
     """In a rank: megatron-core asks torch.distributed for sizes and ranks."""
     mcore_cpu.apply()
     return [
-        [recorded_schedule(pipeline, stage) for stage in range(pipeline.num_stages)]
+        [recorded_schedule(pipeline, stage) for stage in range(pipeline.num_pipeline_stages)]
         for pipeline in pipelines
     ]
 
@@ -90,7 +90,7 @@ def expected(pipeline: Pipeline, stage: int) -> list[Entry]:
     log: list[Entry] = []
     needed = {
         pipeline.source(other, work)
-        for other in range(pipeline.num_stages)
+        for other in range(pipeline.num_pipeline_stages)
         for work in pipeline.order(other)
     }
     for step in pipeline.instructions(stage):
@@ -105,7 +105,7 @@ def expected(pipeline: Pipeline, stage: int) -> list[Entry]:
 
 
 def test_one_stage_runs_microbatches_one_after_the_other() -> None:
-    pipeline = Pipeline(num_stages=1, num_chunks=2, num_microbatches=2)
+    pipeline = Pipeline(num_pipeline_stages=1, num_chunks=2, num_microbatches=2)
     order = [(w.microbatch, w.chunk, w.is_backward) for w in pipeline.order(0)]
     one = [(0, 0, False), (0, 1, False), (0, 1, True), (0, 0, True)]
     assert order == one + [(1, chunk, backward) for _, chunk, backward in one]
@@ -113,5 +113,5 @@ def test_one_stage_runs_microbatches_one_after_the_other() -> None:
 
 def test_microbatches_that_stages_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match="need a multiple of 4"):
-        Pipeline(num_stages=4, num_chunks=3, num_microbatches=6)
-    Pipeline(num_stages=4, num_chunks=1, num_microbatches=6)
+        Pipeline(num_pipeline_stages=4, num_chunks=3, num_microbatches=6)
+    Pipeline(num_pipeline_stages=4, num_chunks=1, num_microbatches=6)

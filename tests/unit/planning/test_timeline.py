@@ -17,7 +17,7 @@ EXACT = [
 
 
 def uniform(pipeline: Pipeline, forward_s: float, backward_s: float, **more: float) -> Timeline:
-    rows = range(pipeline.num_stages)
+    rows = range(pipeline.num_pipeline_stages)
     return simulate(
         pipeline,
         [[forward_s] * pipeline.num_chunks for _ in rows],
@@ -29,7 +29,9 @@ def uniform(pipeline: Pipeline, forward_s: float, backward_s: float, **more: flo
 @pytest.mark.parametrize("backward_s", [1.0, 2.0, 3.5])
 def test_equal_chunks_follow_the_closed_form(backward_s: float) -> None:
     for p, c, m, overlap in EXACT:
-        pipeline = Pipeline(num_stages=p, num_chunks=c, num_microbatches=m, overlap=overlap)
+        pipeline = Pipeline(
+            num_pipeline_stages=p, num_chunks=c, num_microbatches=m, overlap=overlap
+        )
         timeline = uniform(pipeline, 1.0, backward_s)
         assert timeline.makespan_s == pytest.approx((m * c + p - 1) * (1 + backward_s)), pipeline
         assert timeline.bubble == pytest.approx(equal_chunks_bubble(p, m, c)), pipeline
@@ -41,7 +43,7 @@ def test_two_stages_by_hand() -> None:
     stage 0: F0 0-1, F1 1-2,          B0 6-8,          B1 11-13
     stage 1:         F0 1-3, B0 3-6,  F1 6-8, B1 8-11
     """
-    pipeline = Pipeline(num_stages=2, num_chunks=1, num_microbatches=2)
+    pipeline = Pipeline(num_pipeline_stages=2, num_chunks=1, num_microbatches=2)
     timeline = simulate(pipeline, [[1.0], [2.0]], [[2.0], [3.0]])
     spans = {
         (e.stage, e.work.microbatch, e.work.is_backward): (e.start_s, e.end_s)
@@ -55,7 +57,7 @@ def test_two_stages_by_hand() -> None:
 
 def test_a_message_travels_once_it_is_asked_for() -> None:
     """The second activation is sent at 2, but the second stage asks for it at 4.5 only."""
-    pipeline = Pipeline(num_stages=2, num_chunks=1, num_microbatches=2)
+    pipeline = Pipeline(num_pipeline_stages=2, num_chunks=1, num_microbatches=2)
     timeline = uniform(pipeline, 1.0, 2.0, latency_s=0.5)
     second_stage = [(e.start_s, e.end_s) for e in timeline.events if e.stage == 1]
     assert second_stage == [(1.5, 2.5), (2.5, 4.5), (5.0, 6.0), (6.0, 8.0)]
@@ -64,7 +66,9 @@ def test_a_message_travels_once_it_is_asked_for() -> None:
 
 def test_latency_delays_and_overlap_hides_it() -> None:
     def makespan_s(overlap: bool, latency_s: float) -> float:
-        pipeline = Pipeline(num_stages=2, num_chunks=4, num_microbatches=8, overlap=overlap)
+        pipeline = Pipeline(
+            num_pipeline_stages=2, num_chunks=4, num_microbatches=8, overlap=overlap
+        )
         return uniform(pipeline, 1.0, 2.0, latency_s=latency_s).makespan_s
 
     assert makespan_s(False, 0.0) == makespan_s(True, 0.0) == (8 * 4 + 1) * 3
@@ -74,21 +78,21 @@ def test_latency_delays_and_overlap_hides_it() -> None:
 def test_unequal_chunks_wait_for_the_longest() -> None:
     """The closed form is a lower bound then."""
     costs = [0.5, 1.0, 1.0, 1.3]
-    pipeline = Pipeline(num_stages=4, num_chunks=4, num_microbatches=8)
+    pipeline = Pipeline(num_pipeline_stages=4, num_chunks=4, num_microbatches=8)
     timeline = simulate(pipeline, [costs] * 4, [[2 * c for c in costs]] * 4)
     assert timeline.bubble > equal_chunks_bubble(4, 8, 4)
 
 
 def test_chunks_without_gradient_cost_no_backward() -> None:
-    pipeline = Pipeline(num_stages=2, num_chunks=4, num_microbatches=4, first_grad_chunk=3)
+    pipeline = Pipeline(num_pipeline_stages=2, num_chunks=4, num_microbatches=4, first_grad_chunk=3)
     timeline = uniform(pipeline, 1.0, 2.0)
     assert timeline.work_s == pytest.approx(2 * 4 * (4 * 1.0 + 1 * 2.0))
-    whole = uniform(Pipeline(num_stages=2, num_chunks=4, num_microbatches=4), 1.0, 2.0)
+    whole = uniform(Pipeline(num_pipeline_stages=2, num_chunks=4, num_microbatches=4), 1.0, 2.0)
     assert timeline.makespan_s < whole.makespan_s
 
 
 def test_evaluation_has_forwards_only() -> None:
-    pipeline = Pipeline(num_stages=3, num_chunks=2, num_microbatches=6, forward_only=True)
+    pipeline = Pipeline(num_pipeline_stages=3, num_chunks=2, num_microbatches=6, forward_only=True)
     timeline = uniform(pipeline, 1.0, 2.0)
     assert timeline.makespan_s == 6 * 2 + 2
     assert not any(event.work.is_backward for event in timeline.events)
@@ -100,7 +104,7 @@ def test_nothing_starts_before_what_it_needs(data: st.DataObject) -> None:
     """Any costs: dependencies hold, stages do one thing at a time, and nobody waits for ever."""
     p, c = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     pipeline = Pipeline(
-        num_stages=p,
+        num_pipeline_stages=p,
         num_chunks=c,
         num_microbatches=p * data.draw(st.integers(1, 3)),
         first_grad_chunk=data.draw(st.integers(0, c - 1)),

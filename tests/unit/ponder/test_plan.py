@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.ponder.chunks import cut_into_chunks
-from megatron_ponder.ponder.interleave import interleave, select_stages
+from megatron_ponder.ponder.interleave import interleave, select_slots
 from megatron_ponder.ponder.method import load_method
-from megatron_ponder.ponder.schedule import jacobi_iterations
+from megatron_ponder.ponder.training_plan import jacobi_iterations
 
 
 def ponderlm2(k):
@@ -21,25 +21,25 @@ def ponderlm2(k):
 def test_ponderlm2_passes(k, r):
     plan = ponderlm2(k).plan(r)
     if k == 0:
-        assert [p.num_stages for p in plan.passes] == [1]
+        assert [p.slots_per_token for p in plan.passes] == [1]
         return
     assert len(plan.passes) == k + r + 1
-    assert [p.num_stages for p in plan.passes[:k]] == list(range(1, k + 1))
-    assert {p.num_stages for p in plan.passes[k:]} == {k + 1}
+    assert [p.slots_per_token for p in plan.passes[:k]] == list(range(1, k + 1))
+    assert {p.slots_per_token for p in plan.passes[k:]} == {k + 1}
     # Cost in vanilla forwards, as the paper states it.
     assert plan.num_slot_passes == k * (k + 1) // 2 + (k + 1) * (r + 1)
     # Each pass hands on exactly the thoughts that the next one has slots for.
     for this, following in zip(plan.passes, plan.passes[1:], strict=False):
-        assert this.num_read_stages == following.num_stages - 1
-        assert this.read_stages.start == 0
-    assert list(plan.passes[-1].read_stages) == [k]
+        assert this.outputs_per_token == following.slots_per_token - 1
+        assert this.output_slots.start == 0
+    assert list(plan.passes[-1].output_slots) == [k]
     assert all(p.final_norm and p.add_positions for p in plan.passes)
 
 
 def test_vanilla_ignores_the_thoughts():
     config = MethodConfig(method="vanilla", num_latent_thoughts=3)
     method = load_method(config)
-    assert [p.num_stages for p in method.plan(5).passes] == [1]
+    assert [p.slots_per_token for p in method.plan(5).passes] == [1]
     assert method.embedding_scale(64) is None
 
 
@@ -55,10 +55,10 @@ def flags(plan, name):
 def test_passes_of_the_other_methods(k, r):
     pause = load("pause", k, pause_token_id=7)
     (only,) = pause.plan(r).passes
-    assert only.num_stages == k + 1 and list(only.read_stages) == [k]
+    assert only.slots_per_token == k + 1 and list(only.output_slots) == [k]
     assert pause.extra_token_ids == (7,) * k
     for method in (load("loop", k), load("ponderlm", k)):
-        assert flags(method.plan(r), "num_stages") == [1] * (k + 1)
+        assert flags(method.plan(r), "slots_per_token") == [1] * (k + 1)
         assert method.extra_token_ids == ()
     loop = load("loop", k).plan(r)
     assert flags(loop, "final_norm") == [False] * k + [True]
@@ -79,8 +79,8 @@ def test_passes_of_the_other_methods(k, r):
 
 def test_what_travels_beside_the_slots():
     chunks = cut_into_chunks(load("ponderlm", 1, ponderlm_feedback="hidden").plan(0), 2)
-    assert [c.num_stages_inside for c in chunks] == [2, 2, 1, 1]
-    assert [c.num_stages_handed_on for c in chunks] == [2, 1, 1, 1]
+    assert [c.sent_per_token for c in chunks] == [2, 2, 1, 1]
+    assert [c.handed_on_per_token for c in chunks] == [2, 1, 1, 1]
 
 
 def test_scales_and_initialisation_of_the_other_methods():
@@ -136,7 +136,7 @@ def test_interleave_and_select_slot_by_slot(s, b, h, n, data):
             assert torch.equal(slots[t * n + j], thoughts[t * (n - 1) + j - 1])
     first = data.draw(st.integers(0, n - 1))
     stages = range(first, data.draw(st.integers(first + 1, n)))
-    kept = select_stages(slots, n, stages)
+    kept = select_slots(slots, n, stages)
     for t in range(s):
         for i, stage in enumerate(stages):
             assert torch.equal(kept[t * len(stages) + i], slots[t * n + stage])

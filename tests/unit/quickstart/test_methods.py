@@ -26,4 +26,4 @@ def test_each_is_the_method_that_it_is_named_after() -> None:
         method = load_method(config)
         assert type(method).__module__.endswith(f".{contestant.name}")
         assert config.method == contestant.name
-        assert config.reads_pause_token == (config.pause_token_id is not None)
+        assert config.uses_pause_token == (config.pause_token_id is not None)

@@ -21,10 +21,15 @@ from megatron_ponder.runtime import distributed
 from megatron_ponder.train import loop
 from megatron_ponder.train.metrics import Reporter
 from megatron_ponder.train.sinks import Record
-from megatron_ponder.train.step import PendingStep, Trainee
+from megatron_ponder.train.step import PendingStep, TrainingState
 from megatron_ponder.train.stopping import StopRequest
 from tests.ranks import run_ranks
-from tests.unit.checkpoint.small_run import build_trainee, iteration_batches, parts, small_config
+from tests.unit.checkpoint.small_run import (
+    build_training_state,
+    iteration_batches,
+    parts,
+    small_config,
+)
 
 NEVER = {"log_interval": 1000, "eval_interval": 0}
 
@@ -54,7 +59,7 @@ class _Events:
         pass
 
 
-_train_step, _read = loop.train_step, PendingStep.read
+_train_step, _read = loop.train_step, PendingStep.fetch
 
 
 def _endless(config: RunConfig, first: int, poisoned: range) -> Iterator[Batch]:
@@ -68,21 +73,21 @@ def _endless(config: RunConfig, first: int, poisoned: range) -> Iterator[Batch]:
 
 def _train(
     config: RunConfig, events: _Events, poisoned: range = range(0)
-) -> tuple[Trainee, Progress]:
+) -> tuple[TrainingState, Progress]:
     """A run, watched; it goes on from a checkpoint of its --load, if that is given."""
-    trainee, progress = build_trainee(config), Progress()
+    training_state, progress = build_training_state(config), Progress()
     if config.checkpoint.load is not None:
         checkpoint = locate(Path(config.checkpoint.load), None)
-        progress = load_checkpoint(config, checkpoint, **parts(trainee))
-    reporter = Reporter(config, trainee.model.method, progress, [events])
+        progress = load_checkpoint(config, checkpoint, **parts(training_state))
+    reporter = Reporter(config, training_state.model.method, progress, [events])
     batches = _endless(config, progress.iteration + 1, poisoned)
     data = loop.TrainingData(train=lambda: batches, valid=None, test=None)
     with (
         mock.patch.object(loop, "train_step", events.start),
-        mock.patch.object(PendingStep, "read", lambda step: events.read(step)),
+        mock.patch.object(PendingStep, "fetch", lambda step: events.read(step)),
     ):
-        loop.train(config, trainee, data, progress, reporter, time.monotonic())
-    return trainee, progress
+        loop.train(config, training_state, data, progress, reporter, time.monotonic())
+    return training_state, progress
 
 
 def _order(settings: dict) -> list[str]:
@@ -116,17 +121,17 @@ def _stop(folder: str, layout: dict) -> tuple[list[str], int, dict[str, torch.Te
     """Rank 1 alone wants to stop, at iteration 3."""
     config = small_config(2, **NEVER | layout, train_iters=100, save=folder)
     events = _Events(3 if dist.get_rank() == 1 else None)
-    trainee, progress = _train(config, events)
-    weights = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
+    training_state, progress = _train(config, events)
+    weights = {name: p.detach().clone() for name, p in training_state.model.named_parameters()}
     distributed.leave_layout()
     return events.seen, progress.iteration, weights
 
 
 def _stored(folder: str, layout: dict) -> tuple[Progress, dict[str, torch.Tensor]]:
     config = small_config(2, **NEVER | layout, train_iters=100, load=folder)
-    trainee = build_trainee(config)
-    progress = load_checkpoint(config, locate(Path(folder), None), **parts(trainee))
-    weights = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
+    training_state = build_training_state(config)
+    progress = load_checkpoint(config, locate(Path(folder), None), **parts(training_state))
+    weights = {name: p.detach().clone() for name, p in training_state.model.named_parameters()}
     distributed.leave_layout()
     return progress, weights
 
@@ -180,12 +185,12 @@ def test_skipped_iterations_are_counted() -> None:
 
 def _end(**settings: object) -> dict[str, torch.Tensor]:
     """Weights, moments and the next learning rate after a run of which some iterations overflow."""
-    trainee, _ = _train(small_config(1, **NEVER | settings), _Events(), poisoned=range(3, 5))
-    tensors = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
-    states = trainee.optimizer.chained_optimizers[0].optimizer.state.values()
+    training_state, _ = _train(small_config(1, **NEVER | settings), _Events(), poisoned=range(3, 5))
+    tensors = {name: p.detach().clone() for name, p in training_state.model.named_parameters()}
+    states = training_state.optimizer.chained_optimizers[0].optimizer.state.values()
     for number, state in enumerate(states):
         tensors |= {f"{name} {number}": value.clone() for name, value in state.items()}
-    tensors["rate"] = torch.tensor(learning_rate(trainee.optimizer))
+    tensors["rate"] = torch.tensor(learning_rate(training_state.optimizer))
     distributed.leave_layout()
     return tensors
 

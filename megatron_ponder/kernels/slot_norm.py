@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.kernels.dispatch import uses_triton
-from megatron_ponder.kernels.interleave import select_stages
+from megatron_ponder.kernels.interleave import select_slots
 from megatron_ponder.kernels.rms_norm import rms_norm
 
 
-def norm_stages(
+def norm_slots(
     hidden: Tensor,
-    num_stages: int,
+    slots_per_token: int,
     stages: range,
     weight: Tensor,
     bias: Tensor | None,
@@ -39,7 +39,7 @@ def norm_stages(
 
     Args:
         hidden: [s * n, b, h].
-        num_stages: n.
+        slots_per_token: n.
         stages: those to norm, m of them.
         weight: [h].
         bias: [h]; None for RMSNorm.
@@ -49,11 +49,11 @@ def norm_stages(
     Returns:
         [s * m, b, h].
     """
-    if uses_triton() and len(stages) < num_stages:
+    if uses_triton() and len(stages) < slots_per_token:
         from megatron_ponder.kernels.triton import norm
 
-        return norm.norm_stages(hidden, num_stages, stages, weight, bias, eps)
-    kept = select_stages(hidden, num_stages, stages)
+        return norm.norm_slots(hidden, slots_per_token, stages, weight, bias, eps)
+    kept = select_slots(hidden, slots_per_token, stages)
     if is_layer_norm:
         return F.layer_norm(kept, weight.shape, weight, bias, eps)
     return rms_norm(kept, weight, eps)

@@ -27,7 +27,7 @@ WAITING_OPERATIONS = {
 }
 WAITING_METHODS = ("tolist", "numpy", "cpu", "__array__", "new_tensor")
 ON_THE_CPU_ON_PURPOSE = {
-    ("stages.py", "stages_of"),  # which stages are read: made on the CPU, never on the device
+    ("output_slots.py", "slots_of"),  # which stages are read: made on the CPU, never on the device
     ("random.py", "fork"),  # megatron-core compares states of the CPU's generator
     ("embedding.py", "rounded_scale"),  # rounds a number with a tensor of its own on the CPU
 }
@@ -41,7 +41,7 @@ def _selects_by_mask(name: str, args: tuple) -> bool:
 
 
 @contextmanager
-def host_waits() -> Iterator[list[str]]:
+def synchronizations() -> Iterator[list[str]]:
     """Inside, every wait adds `operation: where` to the list, but those on the CPU on purpose."""
     found: list[str] = []
 

@@ -6,12 +6,12 @@ Left out: context parallelism, whose attention torch cannot run while operations
 import pytest
 import torch
 
-from megatron_ponder.model.stages import stages_of
+from megatron_ponder.model.output_slots import slots_of
 from megatron_ponder.runtime import distributed
 from megatron_ponder.train.step import train_step
 from tests.ranks import run_ranks
-from tests.unit.checkpoint.small_run import build_trainee, iteration_batches, small_config
-from tests.unit.train.host_waits import host_waits
+from tests.unit.checkpoint.small_run import build_training_state, iteration_batches, small_config
+from tests.unit.train.synchronizations import synchronizations
 
 FIXED_R = {"random_jacobi_iterations": False}
 METHODS: dict[str, dict[str, object]] = {
@@ -39,15 +39,15 @@ NUM_STEPS = 3
 def _waits(settings: dict, world_size: int) -> tuple[list[str], list[str]]:
     """In a rank: what some steps wait for, and what reading the last one's numbers does."""
     config = small_config(world_size, **settings)
-    trainee = build_trainee(config)
+    training_state = build_training_state(config)
     batches = [iteration_batches(config, iteration) for iteration in range(NUM_STEPS + 1)]
-    with host_waits() as in_steps:
+    with synchronizations() as in_steps:
         for iteration in range(1, NUM_STEPS + 1):
             step = train_step(
-                config, trainee, batches[iteration], iteration=iteration, wants_stop=True
+                config, training_state, batches[iteration], iteration=iteration, wants_stop=True
             )
-    with host_waits() as in_reading:
-        assert step.read().is_updated
+    with synchronizations() as in_reading:
+        assert step.fetch().is_updated
     distributed.leave_layout()
     return in_steps, in_reading
 
@@ -92,23 +92,23 @@ def test_no_layout_waits(layout: dict) -> None:
         lambda t: torch.equal(t, t),
         lambda t: t.new_tensor([1]),
         lambda t: t.cpu(),
-        lambda t: stages_of_another_module(t),
+        lambda t: slots_of_another_module(t),
     ],
     ids=["item", "bool", "tolist", "mask", "equal", "new_tensor", "cpu", "another function"],
 )
 def test_a_wait_is_found(wait) -> None:
     tensor = torch.ones(3)
-    with host_waits() as found:
+    with synchronizations() as found:
         wait(tensor)
-    assert len(found) == 1 and "test_host_waits.py" in found[0]
+    assert len(found) == 1 and "test_synchronizations.py" in found[0]
 
 
-def stages_of_another_module(tensor: torch.Tensor) -> None:
-    """Does what `model.stages` may do, and this must not."""
+def slots_of_another_module(tensor: torch.Tensor) -> None:
+    """Does what `model.output_slots` may do, and this must not."""
     tensor.tolist()
 
 
 def test_the_stages_may_be_read() -> None:
-    with host_waits() as found:
-        stages_of(torch.tensor((2, 0, 1), device="cpu"))
+    with synchronizations() as found:
+        slots_of(torch.tensor((2, 0, 1), device="cpu"))
     assert not found

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.model.recomputation import made_again, remembering_how
+from megatron_ponder.model.selective_recompute import made_again, remembering_how
 
 
 def chain(x: Tensor, weights: list[Tensor], *, is_on: bool) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ponder.kernels.dispatch import kernels_chosen
-from megatron_ponder.kernels.stage_norm import norm_stages
+from megatron_ponder.kernels.slot_norm import norm_slots
 from tests.unit.kernels.tolerances import DEVICE, FORWARD, GRADIENT, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +32,7 @@ def inputs(s, b, h, n, dtype, *, is_layer_norm):
 def results(kernels, hidden, weight, bias, n, stages, gradient):
     leaves = [None if t is None else t.clone().requires_grad_() for t in (hidden, weight, bias)]
     with kernels_chosen(kernels):
-        y = norm_stages(leaves[0], n, stages, *leaves[1:], EPS, is_layer_norm=bias is not None)
+        y = norm_slots(leaves[0], n, stages, *leaves[1:], EPS, is_layer_norm=bias is not None)
         y.backward(gradient)
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
@@ -56,16 +56,16 @@ def test_triton_equals_torch(s, b, h, n, stages, is_layer_norm, dtype):
 
 def test_reference_is_torchs_norm():
     hidden, weight, bias = inputs(4, 2, 6, 2, torch.float32, is_layer_norm=True)
-    y = norm_stages(hidden, 2, range(1, 2), weight, bias, EPS, is_layer_norm=True)
+    y = norm_slots(hidden, 2, range(1, 2), weight, bias, EPS, is_layer_norm=True)
     assert torch.equal(y, F.layer_norm(hidden[1::2], (6,), weight, bias, EPS))
-    y = norm_stages(hidden, 2, range(1, 2), weight, None, EPS, is_layer_norm=False)
+    y = norm_slots(hidden, 2, range(1, 2), weight, None, EPS, is_layer_norm=False)
     torch.testing.assert_close(y, F.rms_norm(hidden[1::2], (6,), weight, EPS))
 
 
 def test_a_forgotten_mean_is_caught():
     hidden, weight, bias = inputs(4, 2, 6, 2, torch.float32, is_layer_norm=True)
     with kernels_chosen("triton"):
-        wrong = norm_stages(hidden, 2, range(1), weight, None, EPS, is_layer_norm=False) + bias
-    right = norm_stages(hidden, 2, range(1), weight, bias, EPS, is_layer_norm=True)
+        wrong = norm_slots(hidden, 2, range(1), weight, None, EPS, is_layer_norm=False) + bias
+    right = norm_slots(hidden, 2, range(1), weight, bias, EPS, is_layer_norm=True)
     with pytest.raises(AssertionError):
         assert_close(wrong, right, FORWARD)
