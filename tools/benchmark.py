@@ -18,11 +18,14 @@ pretraining, and the flags below.
 
 import json
 import sys
+from pathlib import Path
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from benchmarks.commands import COMMANDS
 from megatron_ponder import log
-from megatron_ponder.benchmark.commands import COMMANDS
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.errors import ConfigError, exit_on_user_error
 

@@ -11,11 +11,14 @@ command again goes on with those that are missing. Exit code 1: some have no res
 """
 
 import sys
+from pathlib import Path
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from benchmarks.gpu_report import GpuReportOptions, run_report
 from megatron_ponder import log
-from megatron_ponder.benchmark.gpu_report import GpuReportOptions, run_report
 from megatron_ponder.errors import exit_on_user_error
 
 

@@ -55,15 +55,15 @@ def test_train(tmp_path: Path) -> None:
     assert result["peak_tflops"] is None and ours["mfu"] is None
 
 
-def test_train_beside_the_plain_model_with_trace_and_passes(tmp_path: Path) -> None:
+def test_train_with_trace_and_passes(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     ended = run(
-        *("train", "--json", "--baseline", "plain", "--roofline", "--profile", str(trace)),
+        *("train", "--json", "--baseline", "reference", "--roofline", "--profile", str(trace)),
         *(*SMALL, "--rounds", "1", "--num-jacobi-iterations", "1"),
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
-    assert result["ours"]["first_loss"] == pytest.approx(result["plain"]["first_loss"], abs=1e-5)
+    assert result["ours"]["first_loss"] == pytest.approx(result["reference"]["first_loss"], abs=1e-5)
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"forward", "backward", "optimizer", "aten::mm"} <= names
     passes = result["roofline"]["passes"]

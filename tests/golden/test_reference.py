@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ponder.benchmark.reference import ReferenceModel, build_reference, loss_function
 from tests.golden.cases import NAMES, Case, load_case
 from tests.parity.tolerances import (
     GOLDEN_GRADIENT_RELATIVE,
@@ -17,6 +16,7 @@ from tests.parity.tolerances import (
     gradient_violations,
     largest_difference,
 )
+from tests.reference.models import ReferenceModel, build_reference, loss_function
 
 SEQUENTIAL = ["llama_ponderlm2_k2_j2", "gpt_neox_ponderlm2_k1_j3"]
 

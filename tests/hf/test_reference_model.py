@@ -7,7 +7,6 @@ exported files. Here for what no golden case has: GPT-2, mixtures in thoughts, a
 import pytest
 import torch
 
-from megatron_ponder.benchmark.reference import build_reference, loss_function
 from tests.golden.cases import load_case
 from tests.hf.exports import METHODS, WEIGHTS, build, random_ids
 from tests.hf.reference import (
@@ -16,6 +15,7 @@ from tests.hf.reference import (
     LOSS_ABSOLUTE,
     largest_difference,
 )
+from tests.reference.models import build_reference, loss_function
 
 ROUNDS = 2
 STOCK_NAMES = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}, "gpt2": {"lm_head.weight": None}}

@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ponder.benchmark.reference import ReferenceModel, build_reference
-from megatron_ponder.benchmark.reference_methods import mixture
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert.weight_names import to_megatron
@@ -52,6 +50,8 @@ from tests.parity.layouts import (
 from tests.parity.measure import load_weights, save_weights
 from tests.parity.tolerances import LOGITS_ABSOLUTE, largest_difference
 from tests.ranks import run_ranks
+from tests.reference.methods import mixture
+from tests.reference.models import ReferenceModel, build_reference
 
 NUM_TOKENS, PROMPT_TOKENS = 12, 5
 BATCH_PROMPT_TOKENS = (PROMPT_TOKENS, 9, 1)

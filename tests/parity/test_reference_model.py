@@ -6,7 +6,6 @@ loaded here through the Hugging Face name tables.
 
 import torch
 
-from megatron_ponder.benchmark.reference import build_reference, loss_function
 from megatron_ponder.convert.weight_names import to_huggingface, to_megatron
 from megatron_ponder.model.build import build_model
 from megatron_ponder.parallel.parallel_model import wrap_data_parallel
@@ -22,6 +21,7 @@ from tests.parity.tolerances import (
     largest_difference,
 )
 from tests.ranks import run_ranks
+from tests.reference.models import build_reference, loss_function
 
 
 def thoughts(k: int, r: int, **settings: object) -> dict:

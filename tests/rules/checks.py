@@ -15,7 +15,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "model",
         "parallel optim checkpoint convert inference planning",
         "train",
-        "benchmark pretrain",
+        "pretrain",
     )
 )
 """What may import what: a sub-package imports from its own layer and those above it in this list,
@@ -65,6 +65,16 @@ def layering(source: Source) -> Iterator[str]:
             yield f"{source.path}: imports {module}, which is above it"
         elif level[other] == level[mine] and (mine, other) not in SIBLINGS:
             yield f"{source.path}: imports {module}, which is beside it"
+
+
+def nothing_below_imports_what_measures_it(source: Source) -> Iterator[str]:
+    """Benchmarks import the package, tests import both; never the other way round."""
+    forbidden = {"benchmarks", "tests"} if source.in_package else {"tests"}
+    if not source.in_package and not source.path.startswith(("benchmarks/", "tools/")):
+        return
+    for module in imported_modules(source):
+        if module.split(".")[0] in forbidden:
+            yield f"{source.path}: imports {module}"
 
 
 def no_torch_in_config(source: Source) -> Iterator[str]:
@@ -152,6 +162,7 @@ def narrow_excepts(source: Source) -> Iterator[str]:
 
 CHECKS = (
     layering,
+    nothing_below_imports_what_measures_it,
     no_torch_in_config,
     parallel_state_in_one_place,
     no_names_compared,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
-from megatron_ponder.benchmark.gpu_report import GpuReportOptions
-from megatron_ponder.benchmark.options import (
+from benchmarks.curves_options import CurvesBenchmarkOptions
+from benchmarks.gpu_report import GpuReportOptions
+from benchmarks.options import (
     CheckpointBenchmarkOptions,
     GenerateBenchmarkOptions,
     KernelsBenchmarkOptions,

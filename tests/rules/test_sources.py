@@ -15,6 +15,12 @@ PLANTED = [
     (checks.layering, M + "ponder/x.py", "from megatron_ponder import data"),
     (checks.layering, M + "new/x.py", "import torch"),
     (checks.layering, M + "config/x.py", "def f():\n    from megatron_ponder.log import progress"),
+    (
+        checks.nothing_below_imports_what_measures_it,
+        M + "train/x.py",
+        "def f():\n    from benchmarks.steps import OurSteps",
+    ),
+    (checks.nothing_below_imports_what_measures_it, "benchmarks/x.py", "import tests.reference"),
     (checks.no_torch_in_config, M + "config/x.py", "def f():\n    import torch.nn"),
     (
         checks.parallel_state_in_one_place,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from megatron_ponder.benchmark.step_memory import held_bytes, step_bytes
+from benchmarks.step_memory import held_bytes, step_bytes
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.runtime.distributed import initialize, leave_layout
 from megatron_ponder.train.run import build_training_state

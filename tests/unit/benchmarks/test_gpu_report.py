@@ -6,11 +6,11 @@ import sys
 import pytest
 import tyro
 
-from megatron_ponder.benchmark import gpu_report
-from megatron_ponder.benchmark.commands import COMMANDS
-from megatron_ponder.benchmark.gpu_findings import check_targets, write_findings
-from megatron_ponder.benchmark.gpu_parts import MODELS, Part, build_parts
-from megatron_ponder.benchmark.gpu_report import GpuReportOptions, read_results, run_parts
+from benchmarks import gpu_report
+from benchmarks.commands import COMMANDS
+from benchmarks.gpu_findings import check_targets, write_findings
+from benchmarks.gpu_parts import MODELS, Part, build_parts
+from benchmarks.gpu_report import GpuReportOptions, read_results, run_parts
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.errors import BackendError, ConfigError

@@ -136,7 +136,7 @@ class _Builder:
         self._has_much_memory = memory_gib is not None and memory_gib >= LARGE_MEMORY_GIB
 
     def machine(self) -> Part:
-        command = (sys.executable, "-m", "megatron_ponder.benchmark.machine")
+        command = (sys.executable, "-m", "benchmarks.machine")
         return Part(name="machine", commands=(command,), minutes=self._minutes(1))
 
     def doctor(self) -> Part:

@@ -1,4 +1,4 @@
-"""What a machine is, as one JSON object on stdout: python -m megatron_ponder.benchmark.machine.
+"""What a machine is, as one JSON object on stdout: python -m benchmarks.machine.
 
 Libraries as `runtime.capabilities` finds them, the GPU as torch and nvidia-smi see it, the host.
 A process of its own, so that no one who asks holds memory of the device.

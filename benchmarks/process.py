@@ -71,7 +71,7 @@ class _Worker:
     """What the process does; torch is imported when it is made."""
 
     def __init__(self, name: str, baseline: str, config: RunConfig) -> None:
-        from megatron_ponder.benchmark.steps import build_steps
+        from benchmarks.steps import build_steps
         from megatron_ponder.train.metrics import peak_memory_gib
 
         self._peak_memory_gib = peak_memory_gib
@@ -81,7 +81,7 @@ class _Worker:
 
     def take_steps(self, num_steps: int) -> tuple[list[float], float, float]:
         """Loss of each, seconds of all, and seconds that a core worked for it."""
-        from megatron_ponder.benchmark.phases import synchronize_device
+        from benchmarks.phases import synchronize_device
 
         synchronize_device()
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
@@ -96,7 +96,7 @@ class _Worker:
 
     def phases(self, num_steps: int) -> dict[str, float]:
         """Milliseconds by phase of the fastest step, which was disturbed least."""
-        from megatron_ponder.benchmark.phases import time_phases
+        from benchmarks.phases import time_phases
 
         steps = [
             time_phases(lambda phase: self._steps.step(self._next(), phase))
@@ -106,31 +106,31 @@ class _Worker:
 
     def trace(self, path: str) -> None:
         """Write what a profiler saw of one step, for chrome://tracing or Perfetto."""
-        from megatron_ponder.benchmark.phases import trace_step
+        from benchmarks.phases import trace_step
 
         trace_step(lambda phase: self._steps.step(self._next(), phase), path)
 
     def roofline(self) -> dict[str, Any]:
         """Passes of our model against the floor."""
-        from megatron_ponder.benchmark.roofline import measure_roofline
+        from benchmarks.roofline import measure_roofline
 
         return measure_roofline(self._ours())
 
     def save_checkpoints(self, num_saves: int) -> tuple[list[float], int]:
         """Seconds of each save, and bytes of a checkpoint."""
-        from megatron_ponder.benchmark.checkpoint import save_repeatedly
+        from benchmarks.checkpoint import save_repeatedly
 
         return save_repeatedly(self._ours(), num_saves)
 
     def load_checkpoint(self) -> float:
         """Seconds to load it."""
-        from megatron_ponder.benchmark.checkpoint import load_once
+        from benchmarks.checkpoint import load_once
 
         return load_once(self._ours())
 
     def _ours(self) -> Any:
         """This side's steps, which must be ours."""
-        from megatron_ponder.benchmark.steps import OurSteps
+        from benchmarks.steps import OurSteps
 
         assert isinstance(self._steps, OurSteps)
         return self._steps

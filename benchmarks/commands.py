@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ponder.benchmark import options as flags
-from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions
+from benchmarks import options as flags
+from benchmarks.curves_options import CurvesBenchmarkOptions
 from megatron_ponder.config.schema import RunConfig
 
 Report = tuple[dict[str, Any], str]
@@ -29,7 +29,7 @@ class Command:
 
 
 def _train(options: flags.TrainBenchmarkOptions, config: RunConfig) -> Report:
-    from megatron_ponder.benchmark import report, train
+    from benchmarks import report, train
 
     result = train.benchmark_training(options, config)
     if options.plot:
@@ -38,7 +38,7 @@ def _train(options: flags.TrainBenchmarkOptions, config: RunConfig) -> Report:
 
 
 def _pipeline(options: flags.PipelineBenchmarkOptions, config: RunConfig) -> Report:
-    from megatron_ponder.benchmark import pipeline
+    from benchmarks import pipeline
 
     result, measured = pipeline.benchmark_pipeline(options, config)
     if options.timeline:
@@ -47,7 +47,7 @@ def _pipeline(options: flags.PipelineBenchmarkOptions, config: RunConfig) -> Rep
 
 
 def _curves(options: CurvesBenchmarkOptions, config: RunConfig) -> Report:
-    from megatron_ponder.benchmark import curves, curves_report
+    from benchmarks import curves, curves_report
 
     result = curves.benchmark_curves(options, config)
     if options.record:
@@ -58,28 +58,28 @@ def _curves(options: CurvesBenchmarkOptions, config: RunConfig) -> Report:
 
 
 def _kernels(options: flags.KernelsBenchmarkOptions, config: RunConfig) -> Report:
-    from megatron_ponder.benchmark import kernels
+    from benchmarks import kernels
 
     result = kernels.benchmark_kernels(options, config)
     return result, kernels.as_text(result)
 
 
 def _checkpoint(options: flags.CheckpointBenchmarkOptions, config: RunConfig) -> Report:
-    from megatron_ponder.benchmark import checkpoint
+    from benchmarks import checkpoint
 
     result = checkpoint.benchmark_checkpoint(options, config)
     return result, checkpoint.as_text(result)
 
 
 def _generate(options: flags.GenerateBenchmarkOptions, config: RunConfig) -> Report:
-    from megatron_ponder.benchmark import generate
+    from benchmarks import generate
 
     result = generate.benchmark_generation(options, config)
     return result, generate.as_text(result)
 
 
 def _preprocess(options: flags.PreprocessBenchmarkOptions) -> Report:
-    from megatron_ponder.benchmark import preprocess
+    from benchmarks import preprocess
 
     result = preprocess.benchmark_preprocessing(options)
     return result, preprocess.as_text(result)

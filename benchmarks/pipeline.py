@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_ponder.benchmark.options import PipelineBenchmarkOptions
+from benchmarks.options import PipelineBenchmarkOptions
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
@@ -74,7 +74,7 @@ def benchmark_pipeline(
         ConfigError: the settings do not fit together or have no pipeline.
     """
     config = _resolved(config)
-    from megatron_ponder.benchmark.train import environment
+    from benchmarks.train import environment
 
     world_size = _world_size(config)
     pipeline = run_pipeline(config, microbatches_per_step(config, world_size))
@@ -172,8 +172,8 @@ def _work(
     import torch
     import torch.distributed as dist
 
-    from megatron_ponder.benchmark.spans import SpanTimers, message_latency_s
-    from megatron_ponder.benchmark.steps import random_batches
+    from benchmarks.spans import SpanTimers, message_latency_s
+    from benchmarks.steps import random_batches
     from megatron_ponder.runtime.distributed import running
     from megatron_ponder.train.run import build_training_state
     from megatron_ponder.train.step import train_step

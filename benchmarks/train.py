@@ -1,11 +1,10 @@
 """Training speed and memory, beside a baseline doing the same work in the same run.
 
-The baseline is the method on stock transformers layers (`stock_reference`), or in plain PyTorch
-(`reference`). Every side has a process of its own; all take the same steps on the same random
-tokens from the same weights. On the CPU they are timed in turns (ours, baseline, ours, ...), so
-that a machine that slows down slows both. A GPU is steady and its memory is what limits the batch:
-there each side has the device to itself, one after the other. The losses of the first steps are
-compared: a benchmark of two different computations says nothing.
+The baseline is the method on stock transformers layers (`stock_reference`). Each side has its own
+process; both take the same steps on the same random tokens from the same weights. On the CPU they
+are timed in turns (ours, baseline, ours, ...), so that a slowdown of the machine hits both. A GPU
+is steady and its memory limits the batch: there the sides run one after the other, each with the
+whole device. The losses of the first steps must agree.
 
 Phases, traces and passes are taken in steps of their own, behind the timed ones. With R values
 given, our side is also measured once for each R, in a fresh process each, which shows what a step
@@ -25,9 +24,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.options import TrainBenchmarkOptions
+from benchmarks.process import Side, side
 from megatron_ponder import log
-from megatron_ponder.benchmark.options import TrainBenchmarkOptions
-from megatron_ponder.benchmark.process import Side, side
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.model.size import forward_flops

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_ponder.benchmark.gpu_parts import Part, build_parts
+from benchmarks.gpu_parts import Part, build_parts
 from megatron_ponder.errors import BackendError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY = ("out of the device's memory", "out of memory")
 TAIL_CHARACTERS = 4000
 LOOK_S = 120.0
@@ -115,7 +115,7 @@ def _device_in(folder: Path) -> str | None:
 
 def run_parts(options: GpuReportOptions, parts: list[Part], folder: Path) -> None:
     """Those without a result, as long as there is time; findings are written after each."""
-    from megatron_ponder.benchmark.gpu_findings import write_findings
+    from benchmarks.gpu_findings import write_findings
 
     begin_s = time.monotonic()
     write_findings(folder)

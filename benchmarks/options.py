@@ -24,10 +24,9 @@ class TrainBenchmarkOptions:
     """Also measure time and memory of our step at each of these R."""
     plot: str | None = None
     """PNG to draw memory and time over R into; needs --r-values."""
-    baseline: Literal["reference", "plain", "none"] = "reference"
-    """What ours is compared with: the method on stock transformers layers (reference), the plain
-    PyTorch model that the tests use as an oracle, with torch's fused norms (plain), or nothing
-    (settings that those do not have)."""
+    baseline: Literal["reference", "none"] = "reference"
+    """What our step is compared with: the method on stock transformers layers (reference), or
+    nothing (none), for settings that the reference does not have."""
     profile: str | None = None
     """JSON file to write a trace of one of our steps into, for Perfetto or chrome://tracing."""
     roofline: bool = False

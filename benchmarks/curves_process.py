@@ -129,7 +129,7 @@ class _Models:
 
     def build(self, name: str, config: RunConfig) -> None:
         """Model, optimizer and batches, in their layout."""
-        from megatron_ponder.benchmark.steps import random_batches
+        from benchmarks.steps import random_batches
         from megatron_ponder.runtime.distributed import initialize, leave_layout
         from megatron_ponder.train.run import build_training_state
         from megatron_ponder.train.step import train_step
@@ -164,7 +164,7 @@ class _Models:
 
     def measure_memory(self, name: str) -> tuple[int, int]:
         """Bytes held, and added by a step."""
-        from megatron_ponder.benchmark.step_memory import held_bytes, step_bytes
+        from benchmarks.step_memory import held_bytes, step_bytes
 
         held = sum(held_bytes(self._training_states[name]).values())
         return held, step_bytes(self._steps[name])

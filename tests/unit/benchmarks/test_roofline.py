@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_ponder.benchmark.device_rates import DeviceRates
-from megatron_ponder.benchmark.roofline import pass_operations
+from benchmarks.device_rates import DeviceRates
+from benchmarks.roofline import pass_operations
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.model.size import forward_flops

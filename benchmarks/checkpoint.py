@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_ponder.benchmark.options import CheckpointBenchmarkOptions
-from megatron_ponder.benchmark.process import side
-from megatron_ponder.benchmark.steps import OurSteps
-from megatron_ponder.benchmark.train import environment
+from benchmarks.options import CheckpointBenchmarkOptions
+from benchmarks.process import side
+from benchmarks.steps import OurSteps
+from benchmarks.train import environment
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.reader import load_checkpoint
 from megatron_ponder.checkpoint.writer import save_checkpoint

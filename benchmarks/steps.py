@@ -1,7 +1,7 @@
-"""One optimizer step of each side: ours, on stock transformers layers, in plain PyTorch.
+"""One optimizer step of each side: ours, and on stock transformers layers.
 
 All start from the same weights and take the same random tokens. Ours is the training step of a run.
-The other two are written as one would write them: gradients summed over micro-batches, autocast if
+The reference is written as one would write it: gradients summed over micro-batches, autocast if
 the run is in bf16, fused AdamW, clipping. No side waits for its loss in a step.
 """
 
@@ -12,9 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_ponder.benchmark.phases import Phase, named_phases, unnamed
-from megatron_ponder.benchmark.reference import build_reference, loss_function
-from megatron_ponder.benchmark.stock_reference import build_stock_reference
+from benchmarks.phases import Phase, named_phases, unnamed
+from benchmarks.stock_reference import build_stock_reference
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert.weight_names import to_megatron
 from megatron_ponder.parallel.schedule import Batch
@@ -46,8 +45,8 @@ def build_steps(name: str, baseline: str, config: RunConfig) -> Steps:
     """A side.
 
     Args:
-        name: ours, reference or plain.
-        baseline: what ours is compared with: reference, plain or none.
+        name: ours or reference.
+        baseline: what ours is compared with: reference or none.
         config: resolved for one process.
 
     Raises:
@@ -55,7 +54,7 @@ def build_steps(name: str, baseline: str, config: RunConfig) -> Steps:
     """
     if name == "ours":
         return OurSteps(config, baseline)
-    return PlainSteps(config, name)
+    return PlainSteps(config)
 
 
 class OurSteps:
@@ -67,8 +66,6 @@ class OurSteps:
         weights = {}
         if baseline == "reference":
             weights = build_stock_reference(config).stock_weights(config.model)
-        elif baseline == "plain":
-            weights = dict(_build_plain(config).model.named_parameters())
         if weights:
             state = to_megatron({k: w.detach() for k, w in weights.items()}, config.model)
             (model,) = self.training_state.model.modules
@@ -92,10 +89,9 @@ class OurSteps:
 class PlainSteps:
     """The same without megatron-core."""
 
-    def __init__(self, config: RunConfig, name: str) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
-        build = {"reference": build_stock_reference, "plain": _build_plain}[name]
-        self.model = build(config).to(device()).train()
+        self.model = build_stock_reference(config).to(device()).train()
         self.optimizer = _fused_adamw(self.model, config)
         self.batches = random_batches(config)
 
@@ -124,25 +120,6 @@ class PlainSteps:
         with phase("optimizer"):
             self.optimizer.step()
         return loss_sum.item
-
-
-class _WithLoss(nn.Module):
-    """The plain model and its loss."""
-
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        self.model = build_reference(config)
-
-    def forward(self, tokens: Tensor, labels: Tensor, num_jacobi_iterations: int) -> Tensor:
-        """Mean cross entropy of tokens and the token after each, int64 [b, s]."""
-        return loss_function(self.model(tokens, num_jacobi_iterations), labels)
-
-
-def _build_plain(config: RunConfig) -> _WithLoss:
-    """The plain model on the CPU, with torch's initial weights, drawn from the run's seed."""
-    torch.manual_seed(config.training.seed)
-    with torch.device("cpu"):
-        return _WithLoss(config)
 
 
 def _fused_adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ponder.benchmark.device_rates import DeviceRates, measure_rates
-from megatron_ponder.benchmark.phases import synchronize_device
-from megatron_ponder.benchmark.steps import OurSteps
+from benchmarks.device_rates import DeviceRates, measure_rates
+from benchmarks.phases import synchronize_device
+from benchmarks.steps import OurSteps
 from megatron_ponder.config.schema import ModelConfig, RunConfig
 from megatron_ponder.model.size import linear_modules
 from megatron_ponder.ponder.plan import Pass, PassPlan

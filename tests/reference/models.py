@@ -1,11 +1,9 @@
 """The same models and methods in plain PyTorch, in one process.
 
-Two uses: the baseline of `benchmark.train`, and an oracle for tests on shapes for which there is no
-golden case. For the latter it shares no code with `ponder/` and `model/`: attention, positions,
-passes and loss are written down a second time, batch first, here, in `reference_layers` (one module
-per architecture) and in `reference_methods`, with the parameter names of Hugging Face transformers,
-so that stock weights load with `load_state_dict`. It is what one would write without megatron-core,
-with torch's fused attention and norms.
+An oracle for shapes that have no golden case. It shares no code with `ponder/` and `model/`:
+attention, positions, passes and loss are written a second time, batch first, here, in `layers` (one
+module per architecture) and in `methods`. Parameters have the names of Hugging Face transformers,
+so that stock weights load with `load_state_dict`.
 
 Left out: parallelism, dropout, padding of the vocabulary, caches, and every combination of settings
 that the three stock architectures do not have. Mixed precision is `torch.autocast`, the caller's.
@@ -17,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ponder.benchmark.reference_layers import (
+from megatron_ponder.config.schema import MethodConfig, ModelConfig, RunConfig
+from megatron_ponder.errors import ConfigError
+from tests.reference.layers import (
     Gpt2Layer,
     GptNeoxLayer,
     LlamaLayer,
     rotary_table,
 )
-from megatron_ponder.benchmark.reference_methods import METHODS, embedding_scale
-from megatron_ponder.config.schema import MethodConfig, ModelConfig, RunConfig
-from megatron_ponder.errors import ConfigError
+from tests.reference.methods import METHODS, embedding_scale
 
 
 def build_reference(config: RunConfig) -> "ReferenceModel":

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import megatron_ponder.kernels
-from megatron_ponder.benchmark.kernel_case import Sizes
-from megatron_ponder.benchmark.kernel_cases import build_cases
-from megatron_ponder.benchmark.kernels import _largest_error, _measure, _results
+from benchmarks.kernel_case import Sizes
+from benchmarks.kernel_cases import build_cases
+from benchmarks.kernels import _largest_error, _measure, _results
 
 SIZES = Sizes(
     tokens=5,

@@ -28,8 +28,8 @@ import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from benchmarks.options import PreprocessBenchmarkOptions
 from megatron_ponder import log
-from megatron_ponder.benchmark.options import PreprocessBenchmarkOptions
 from megatron_ponder.config.schema import DataConfig
 from megatron_ponder.data.preprocess import PreprocessConfig, preprocess
 from megatron_ponder.data.readers import read_documents
@@ -41,7 +41,7 @@ from megatron_ponder.data.sources import find_inputs
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ponder.errors import ConfigError
 
-QUICKSTART_CORPUS = Path(__file__).parents[2] / "examples/quickstart/corpus.py"
+QUICKSTART_CORPUS = Path(__file__).resolve().parents[1] / "examples/quickstart/corpus.py"
 TRAINING_BYTES = 3_000_000
 
 Side = Callable[[Path], None]

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 
-from megatron_ponder.benchmark.curves import (
+from benchmarks.curves import (
     SMALL_BASE,
     Point,
     Prediction,
@@ -15,9 +15,9 @@ from megatron_ponder.benchmark.curves import (
     predict,
     with_defaults,
 )
-from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions, Variable
-from megatron_ponder.benchmark.curves_process import rank_group
-from megatron_ponder.benchmark.curves_report import TITLES
+from benchmarks.curves_options import CurvesBenchmarkOptions, Variable
+from benchmarks.curves_process import rank_group
+from benchmarks.curves_report import TITLES
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig

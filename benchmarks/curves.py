@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.curves_options import CurvesBenchmarkOptions, Variable
+from benchmarks.curves_process import RankGroup, rank_group
+from benchmarks.train import environment
 from megatron_ponder import log
-from megatron_ponder.benchmark.curves_options import CurvesBenchmarkOptions, Variable
-from megatron_ponder.benchmark.curves_process import RankGroup, rank_group
-from megatron_ponder.benchmark.train import environment
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import CheckpointConfig, ModelConfig, RunConfig
 from megatron_ponder.errors import ConfigError

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megatron_ponder.benchmark.reference import build_reference, loss_function
-from megatron_ponder.benchmark.stock_reference import StockReference, build_stock_reference
+from benchmarks.stock_reference import StockReference, build_stock_reference
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.errors import ConfigError
+from tests.reference.models import build_reference, loss_function
 
 SMALL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --vocab-size 101 --seq-length 9"

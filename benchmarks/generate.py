@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import GenerateBenchmarkOptions
+from benchmarks.train import environment
 from megatron_ponder import log
-from megatron_ponder.benchmark.options import GenerateBenchmarkOptions
-from megatron_ponder.benchmark.train import environment
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import ConfigError

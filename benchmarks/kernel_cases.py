@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.benchmark.kernel_case import Inputs, KernelCase, Sizes
+from benchmarks.kernel_case import Inputs, KernelCase, Sizes
 from megatron_ponder.kernels.cross_entropy import logits_gradient_, row_statistics_
 from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.interleave import embed_and_interleave, interleave, select_slots

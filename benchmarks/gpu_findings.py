@@ -13,11 +13,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from megatron_ponder.benchmark.generate import as_text as generation_as_text
-from megatron_ponder.benchmark.gpu_parts import MODELS, VARIANTS
-from megatron_ponder.benchmark.gpu_report import read_results, write_json
-from megatron_ponder.benchmark.kernels import as_text as kernels_as_text
-from megatron_ponder.benchmark.report import roofline_lines, save_png
+from benchmarks.generate import as_text as generation_as_text
+from benchmarks.gpu_parts import MODELS, VARIANTS
+from benchmarks.gpu_report import read_results, write_json
+from benchmarks.kernels import as_text as kernels_as_text
+from benchmarks.report import roofline_lines, save_png
 from megatron_ponder.config.presets import PRESETS
 
 Results = dict[str, dict[str, Any]]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_ponder.benchmark.phases import synchronize_device
+from benchmarks.phases import synchronize_device
 from megatron_ponder.runtime.device import device
 
 REPETITIONS = 5

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.device_rates import best_time_s, copy_bytes_per_s
+from benchmarks.kernel_case import KernelCase, sizes_of
+from benchmarks.kernel_cases import build_cases
+from benchmarks.options import KernelsBenchmarkOptions
+from benchmarks.train import environment
 from megatron_ponder import log
-from megatron_ponder.benchmark.device_rates import best_time_s, copy_bytes_per_s
-from megatron_ponder.benchmark.kernel_case import KernelCase, sizes_of
-from megatron_ponder.benchmark.kernel_cases import build_cases
-from megatron_ponder.benchmark.options import KernelsBenchmarkOptions
-from megatron_ponder.benchmark.train import environment
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import ConfigError

@@ -1,1 +1,0 @@
-"""What a run costs, measured: training beside a plain PyTorch implementation."""

@@ -1,0 +1,1 @@
+"""The models and methods once more, in plain PyTorch: an oracle for tests."""
