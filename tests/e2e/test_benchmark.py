@@ -63,7 +63,9 @@ def test_train_with_trace_and_passes(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
-    assert result["ours"]["first_loss"] == pytest.approx(result["reference"]["first_loss"], abs=1e-5)
+    assert result["ours"]["first_loss"] == pytest.approx(
+        result["reference"]["first_loss"], abs=1e-5
+    )
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"forward", "backward", "optimizer", "aten::mm"} <= names
     passes = result["roofline"]["passes"]
