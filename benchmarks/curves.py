@@ -29,6 +29,7 @@ from benchmarks.curves_process import RankGroup, rank_group
 from benchmarks.train import environment
 from megatron_ponder import log
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import CheckpointConfig, ModelConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
@@ -53,7 +54,7 @@ METHODS = (("vanilla", 0), ("ponderlm2", 1), ("ponderlm", 3), ("loop", 3), ("pau
 PROFILED_STEPS = 2
 """Steps' time that a step with measured memory takes, about."""
 Changes = dict[str, Any]
-Run = tuple[RunConfig, int]
+Run = tuple[ResolvedConfig, int]
 """A resolved config, and its number of ranks."""
 
 
@@ -64,7 +65,7 @@ class Point:
     value: float | str
     changes: Changes
     """Settings that differ from the base's."""
-    config: RunConfig
+    config: ResolvedConfig
     """Resolved."""
     world_size: int = 1
 
@@ -258,7 +259,7 @@ _VALUES: dict[Variable, Callable[[CurvesBenchmarkOptions, RunConfig], Values]] =
 }
 
 
-def predict(config: RunConfig, world_size: int) -> Prediction:
+def predict(config: ResolvedConfig, world_size: int) -> Prediction:
     """A step on paper.
 
     Args:
@@ -269,7 +270,6 @@ def predict(config: RunConfig, world_size: int) -> Prediction:
     num_microbatches = microbatches_per_step(config, world_size)
     memory = stage_memory(config, plan, world_size, num_microbatches)
     flops = forward_flops(config.model, plan, config.data.seq_length).training
-    assert config.training.global_batch_size is not None
     return Prediction(
         flops=flops * config.training.global_batch_size,
         seconds=simulate_step(PlanOptions(world_size=world_size), config, plan).makespan_s,
@@ -278,7 +278,7 @@ def predict(config: RunConfig, world_size: int) -> Prediction:
 
 
 def _measure_all(
-    options: CurvesBenchmarkOptions, base: RunConfig, curves: dict[Variable, list[Point]]
+    options: CurvesBenchmarkOptions, base: ResolvedConfig, curves: dict[Variable, list[Point]]
 ) -> dict[Run, _Measured]:
     """Every run once."""
     points = {p.run: p for some in curves.values() for p in some if p.run != (base, 1)}

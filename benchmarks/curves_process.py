@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ponder import log
-from megatron_ponder.config.schema import ParallelConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.config.schema import ParallelConfig
 from megatron_ponder.errors import ConfigError
 
 
@@ -45,7 +46,7 @@ class RankGroup:
                 raise answers[-1]
         return answers
 
-    def build(self, name: str, config: RunConfig) -> None:
+    def build(self, name: str, config: ResolvedConfig) -> None:
         """Build a model; models that are held at once must have one layout.
 
         Raises:
@@ -127,7 +128,7 @@ class _Models:
         self._training_states: dict[str, Any] = {}
         self._layout: ParallelConfig | None = None
 
-    def build(self, name: str, config: RunConfig) -> None:
+    def build(self, name: str, config: ResolvedConfig) -> None:
         """Model, optimizer and batches, in their layout."""
         from benchmarks.steps import random_batches
         from megatron_ponder.runtime.distributed import initialize, leave_layout

@@ -17,6 +17,7 @@ from benchmarks.options import GenerateBenchmarkOptions
 from benchmarks.train import environment
 from megatron_ponder import log
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.inference.continuation import continuation
@@ -84,7 +85,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 def _timed(
     model: PonderGPTModel,
-    config: RunConfig,
+    config: ResolvedConfig,
     prompts: list[torch.Tensor],
     num_tokens: int,
     use_cache: bool,
@@ -137,18 +138,16 @@ def _row(seconds: float, num_tokens: int) -> dict[str, float]:
     return {"ms": 1e3 * seconds, "tokens_per_s": num_tokens / seconds}
 
 
-def _prompts(options: GenerateBenchmarkOptions, config: RunConfig) -> list[torch.Tensor]:
+def _prompts(options: GenerateBenchmarkOptions, config: ResolvedConfig) -> list[torch.Tensor]:
     """Random ids."""
     generator = torch.Generator().manual_seed(config.training.seed)
-    assert config.model.vocab_size is not None
     shape = (options.batch_size, options.prompt_tokens)
     return list(torch.randint(config.model.vocab_size, shape, generator=generator))
 
 
-def _check_length(options: GenerateBenchmarkOptions, config: RunConfig) -> None:
+def _check_length(options: GenerateBenchmarkOptions, config: ResolvedConfig) -> None:
     """Refuse a text that outgrows a table of learned positions."""
     model = config.model
-    assert model.max_position_embeddings is not None
     num_tokens = options.prompt_tokens + options.new_tokens
     is_table = model.position_embedding_type == "learned_absolute"
     if is_table and num_tokens > model.max_position_embeddings:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 
 Function = Callable[..., Any]
 
@@ -49,11 +49,9 @@ class Sizes:
         return (self.heads + 2 * self.groups) * self.head_dim
 
 
-def sizes_of(config: RunConfig) -> Sizes:
+def sizes_of(config: ResolvedConfig) -> Sizes:
     """Of a resolved run; at least two stages, so that there is something to interleave."""
     model = config.model
-    assert model.ffn_hidden_size is not None and model.num_query_groups is not None
-    assert model.kv_channels is not None and model.vocab_size is not None
     return Sizes(
         tokens=config.data.seq_length,
         batch=config.training.micro_batch_size,

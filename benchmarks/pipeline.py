@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks.options import PipelineBenchmarkOptions
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.planning.order import Pipeline, Work
@@ -94,7 +95,7 @@ def benchmark_pipeline(
     return result, fastest.measured
 
 
-def _resolved(config: RunConfig) -> RunConfig:
+def _resolved(config: RunConfig) -> ResolvedConfig:
     """The config with two stages, and four micro-batches for each, where nothing is said.
 
     Raises:
@@ -125,7 +126,7 @@ def _world_size(config: RunConfig) -> int:
 
 
 def _run_ranks(
-    options: PipelineBenchmarkOptions, config: RunConfig, world_size: int
+    options: PipelineBenchmarkOptions, config: ResolvedConfig, world_size: int
 ) -> list[tuple[float, list[Spans]]]:
     """Start the ranks and gather what they measured, in order."""
     context = multiprocessing.get_context("spawn")
@@ -156,7 +157,7 @@ def _run_ranks(
 
 def _work(
     options: PipelineBenchmarkOptions,
-    config: RunConfig,
+    config: ResolvedConfig,
     rank: int,
     world_size: int,
     store_path: str,

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_ponder import log
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import BackendError, ConfigError, PonderError
 
 
@@ -45,7 +45,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def side(name: str, baseline: str, config: RunConfig) -> Iterator[Side]:
+def side(name: str, baseline: str, config: ResolvedConfig) -> Iterator[Side]:
     """Start a process with a model; it ends with the block.
 
     Args:
@@ -70,7 +70,7 @@ def side(name: str, baseline: str, config: RunConfig) -> Iterator[Side]:
 class _Worker:
     """What the process does; torch is imported when it is made."""
 
-    def __init__(self, name: str, baseline: str, config: RunConfig) -> None:
+    def __init__(self, name: str, baseline: str, config: ResolvedConfig) -> None:
         from benchmarks.steps import build_steps
         from megatron_ponder.train.metrics import peak_memory_gib
 
@@ -140,7 +140,7 @@ class _Worker:
         return self._iteration
 
 
-def _work(name: str, baseline: str, config: RunConfig, connection: Connection) -> None:
+def _work(name: str, baseline: str, config: ResolvedConfig, connection: Connection) -> None:
     """Body of the process."""
     log.configure(sys.stderr)  # before the imports below, some of which warn
     import torch

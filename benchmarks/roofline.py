@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.device_rates import DeviceRates, measure_rates
 from benchmarks.phases import synchronize_device
 from benchmarks.steps import OurSteps
-from megatron_ponder.config.schema import ModelConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
 from megatron_ponder.model.size import linear_modules
 from megatron_ponder.ponder.plan import Pass, PassPlan
 from megatron_ponder.ponder.training_plan import training_plan
@@ -50,7 +50,7 @@ class Operation:
 
 
 def pass_operations(
-    model: ModelConfig, plan: PassPlan, pass_: Pass, *, tokens: int, seq_length: int
+    model: ResolvedModelConfig, plan: PassPlan, pass_: Pass, *, tokens: int, seq_length: int
 ) -> list[Operation]:
     """The pieces of a pass.
 
@@ -61,7 +61,6 @@ def pass_operations(
         tokens: of the micro-batch.
         seq_length: tokens of each of its sequences.
     """
-    assert model.vocab_size is not None
     h, v = model.hidden_size, model.vocab_size
     slots, read_slots = tokens * pass_.slots_per_token, tokens * pass_.outputs_per_token
     pieces = [Operation("input", 0, 2 * slots * h)]
@@ -82,10 +81,9 @@ def pass_operations(
 
 
 def _layer(
-    model: ModelConfig, slots: int, behind: int, slots_per_sequence: int
+    model: ResolvedModelConfig, slots: int, behind: int, slots_per_sequence: int
 ) -> Iterator[Operation]:
     """The pieces of a layer; behind attention it works on `behind` slots."""
-    assert model.kv_channels is not None and model.num_query_groups is not None
     h = model.hidden_size
     (_, qkv_width), (width, _), (_, mlp_width), (ffn, _) = linear_modules(model)
     keys_width = model.num_query_groups * model.kv_channels
@@ -159,7 +157,7 @@ def measure_roofline(side: OurSteps) -> dict[str, Any]:
     return {"rates": dataclasses.asdict(rates), "passes": rows, "total": total}
 
 
-def _rates(config: RunConfig, plan: PassPlan) -> DeviceRates:
+def _rates(config: ResolvedConfig, plan: PassPlan) -> DeviceRates:
     """Of the model's largest products, and of a large square one."""
     tokens = config.training.micro_batch_size * config.data.seq_length * plan.max_slots_per_token
     edge = SQUARE[device().type]

@@ -9,7 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.runtime.distributed import process_groups
 
 COMPUTATIONS = ("forward-compute", "backward-compute")
@@ -54,7 +54,7 @@ class _Timer:
             self._timers.spans.append((_Timer._begin_s, time.perf_counter()))
 
 
-def message_latency_s(config: RunConfig) -> float:
+def message_latency_s(config: ResolvedConfig) -> float:
     """Time from sending to arrival of one hidden state between neighbouring stages, the median.
 
     Args:

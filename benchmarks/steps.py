@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.phases import Phase, named_phases, unnamed
 from benchmarks.stock_reference import build_stock_reference
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.convert.weight_names import to_megatron
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.ponder.training_plan import jacobi_iterations
@@ -41,7 +41,7 @@ class Steps(Protocol):
         """
 
 
-def build_steps(name: str, baseline: str, config: RunConfig) -> Steps:
+def build_steps(name: str, baseline: str, config: ResolvedConfig) -> Steps:
     """A side.
 
     Args:
@@ -60,7 +60,7 @@ def build_steps(name: str, baseline: str, config: RunConfig) -> Steps:
 class OurSteps:
     """This package's training step, from the baseline's initial weights."""
 
-    def __init__(self, config: RunConfig, baseline: str = "none") -> None:
+    def __init__(self, config: ResolvedConfig, baseline: str = "none") -> None:
         self.config = config
         self.training_state = build_training_state(config)
         weights = {}
@@ -89,7 +89,7 @@ class OurSteps:
 class PlainSteps:
     """The same without megatron-core."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         self.config = config
         self.model = build_stock_reference(config).to(device()).train()
         self.optimizer = _fused_adamw(self.model, config)
@@ -98,7 +98,6 @@ class PlainSteps:
     def step(self, iteration: int, phase: Phase = unnamed) -> Loss:
         """See `Steps`."""
         training = self.config.training
-        assert training.global_batch_size is not None
         num_microbatches = training.global_batch_size // training.micro_batch_size
         r = jacobi_iterations(self.config.method, training.seed, iteration)
         self.optimizer.zero_grad(set_to_none=True)
@@ -122,7 +121,7 @@ class PlainSteps:
         return loss_sum.item
 
 
-def _fused_adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+def _fused_adamw(model: nn.Module, config: ResolvedConfig) -> torch.optim.AdamW:
     """AdamW that decays what we decay."""
     optim = config.optimizer
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -139,11 +138,10 @@ def _fused_adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     )
 
 
-def random_batches(config: RunConfig) -> Iterator[Batch]:
+def random_batches(config: ResolvedConfig) -> Iterator[Batch]:
     """Random tokens, the same for all sides."""
     generator = torch.Generator().manual_seed(config.training.seed)
     shape = (config.training.micro_batch_size, config.data.seq_length + 1)
-    assert config.model.vocab_size is not None
     while True:
         ids: Tensor = torch.randint(config.model.vocab_size, shape, generator=generator)
         yield {

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from megatron_ponder.config.schema import ModelConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
 from megatron_ponder.convert.config_mapping import build_stock_config
 from megatron_ponder.convert.exported_code import class_name
 from megatron_ponder.convert.method_mapping import build_method_keys
@@ -33,7 +33,7 @@ class StockReference(nn.Module):
         ConversionError: the same, about the model's shape.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__()
         _refuse_what_is_missing(config)
         keys = build_stock_config(config) | build_method_keys(config)
@@ -62,7 +62,7 @@ class StockReference(nn.Module):
             rounds["num_jacobi_iterations"] = num_jacobi_iterations
         return self.model(tokens, labels=labels, shift_labels=labels, **rounds).loss
 
-    def stock_weights(self, shape: ModelConfig) -> dict[str, Tensor]:
+    def stock_weights(self, shape: ResolvedModelConfig) -> dict[str, Tensor]:
         """Its weights under the names that checkpoints have.
 
         transformers 5 calls every output layer `lm_head` and renames it on the way to a file.
@@ -77,7 +77,7 @@ class StockReference(nn.Module):
 HEAD = "output_layer.weight"
 
 
-def _refuse_what_is_missing(config: RunConfig) -> None:
+def _refuse_what_is_missing(config: ResolvedConfig) -> None:
     """Settings that change the numbers and that the reference does not have.
 
     Raises:
@@ -102,7 +102,7 @@ def _refuse_what_is_missing(config: RunConfig) -> None:
         raise ConfigError("\n".join([*problems, "Without a reference: --baseline none."]))
 
 
-def build_stock_reference(config: RunConfig) -> StockReference:
+def build_stock_reference(config: ResolvedConfig) -> StockReference:
     """The reference on the CPU, with transformers' initial weights, drawn from the run's seed."""
     torch.manual_seed(config.training.seed)
     with torch.device("cpu"):

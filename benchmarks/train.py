@@ -28,6 +28,7 @@ from benchmarks.options import TrainBenchmarkOptions
 from benchmarks.process import Side, side
 from megatron_ponder import log
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.ponder.method import load_method
@@ -101,7 +102,7 @@ class _Rounds:
 
 
 def _measure(
-    config: RunConfig, names: Sequence[str], options: TrainBenchmarkOptions
+    config: ResolvedConfig, names: Sequence[str], options: TrainBenchmarkOptions
 ) -> dict[str, _Rounds]:
     """Time the sides: on the CPU alternately, on a GPU one after the other."""
     groups = [[name] for name in names] if device().type == "cuda" else [list(names)]
@@ -122,7 +123,9 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _sides(names: Sequence[str], baseline: str, config: RunConfig) -> Iterator[dict[str, Side]]:
+def _sides(
+    names: Sequence[str], baseline: str, config: ResolvedConfig
+) -> Iterator[dict[str, Side]]:
     """Processes that run at the same time."""
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(side(name, baseline, config)) for name in names}
@@ -144,7 +147,7 @@ def _time_rounds(
             bar.update()
 
 
-def _measure_r(config: RunConfig, r: int, options: TrainBenchmarkOptions) -> dict[str, Any]:
+def _measure_r(config: ResolvedConfig, r: int, options: TrainBenchmarkOptions) -> dict[str, Any]:
     """Our side at one R, in a process of its own."""
     config = config.replaced(num_jacobi_iterations=r, random_jacobi_iterations=False)
     options = dataclasses.replace(options, baseline="none", profile=None, roofline=False)
@@ -160,10 +163,9 @@ def _speedup(ours_ms: list[float], theirs_ms: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
 
 
-def _summary(config: RunConfig, rounds: _Rounds, steps_per_round: int) -> dict[str, Any]:
+def _summary(config: ResolvedConfig, rounds: _Rounds, steps_per_round: int) -> dict[str, Any]:
     """One side's figures; rates are of the median round."""
     training = config.training
-    assert training.global_batch_size is not None
     ms = statistics.median(rounds.ms)
     tokens = training.global_batch_size * config.data.seq_length
     plan = training_plan(load_method(config.method), config.method.num_jacobi_iterations)
@@ -186,7 +188,7 @@ def _summary(config: RunConfig, rounds: _Rounds, steps_per_round: int) -> dict[s
     }
 
 
-def environment(config: RunConfig) -> dict[str, Any]:
+def environment(config: ResolvedConfig) -> dict[str, Any]:
     """What the figures hold for."""
     is_cuda = device().type == "cuda"
     return {

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 
 SHAPE_SETTINGS = (
     "num_layers",
@@ -41,7 +41,7 @@ RUN_SETTINGS = frozenset(
 REPEATED_SAMPLES = "samples_of_repeated_data"
 
 
-def shape_differences(stored: RunConfig, ours: RunConfig) -> list[str]:
+def shape_differences(stored: ResolvedConfig, ours: ResolvedConfig) -> list[str]:
     """Settings that make the stored weights unusable, one line each; both configs resolved."""
     before, now = stored.to_flat_dict(), ours.to_flat_dict()
     names = list(SHAPE_SETTINGS)
@@ -53,7 +53,7 @@ def shape_differences(stored: RunConfig, ours: RunConfig) -> list[str]:
     return [difference for difference in differences if difference]
 
 
-def other_differences(stored: RunConfig, ours: RunConfig) -> list[str]:
+def other_differences(stored: ResolvedConfig, ours: ResolvedConfig) -> list[str]:
     """Further settings that changed and that may change the numbers from here on."""
     before, now = stored.to_flat_dict(), ours.to_flat_dict()
     silent = RUN_SETTINGS.union(vars(ours.checkpoint), vars(ours.logging))

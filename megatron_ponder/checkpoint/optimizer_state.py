@@ -17,7 +17,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 
 SHARDING_TYPE = "fully_reshardable"
 METADATA = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_prefix": True}
@@ -29,8 +29,8 @@ def optimizer_request(
     optimizer: MegatronOptimizer,
     model_state: ShardedStateDict,
     *,
-    stored: RunConfig,
-    ours: RunConfig,
+    stored: ResolvedConfig,
+    ours: ResolvedConfig,
 ) -> ShardedStateDict:
     """What to ask a checkpoint for, under the checkpoint's names.
 
@@ -92,7 +92,7 @@ def _load_distributed(
         state["step"] = torch.tensor(float(num_updates), device=state["exp_avg"].device)
 
 
-def master_weights_prefix(config: RunConfig) -> str:
+def master_weights_prefix(config: ResolvedConfig) -> str:
     """What the key of a weight starts with where a run stores it in fp32."""
     if config.parallel.use_distributed_optimizer:
         return "optimizer.state.param."

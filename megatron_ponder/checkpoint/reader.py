@@ -35,7 +35,9 @@ from megatron_ponder.checkpoint.state import (
     random_state_object,
 )
 from megatron_ponder.config.parse import config_from_flat_dict
-from megatron_ponder.config.schema import CheckpointConfig, RunConfig
+from megatron_ponder.config.resolve import restore
+from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.config.schema import CheckpointConfig
 from megatron_ponder.errors import CheckpointError, ConfigError
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.runtime.distributed import ranks
@@ -70,7 +72,7 @@ def locate(folder: Path, ckpt_step: int | None = None) -> Path:
     return checkpoint
 
 
-def read_config(checkpoint: Path) -> RunConfig:
+def read_config(checkpoint: Path) -> ResolvedConfig:
     """The resolved config of the run that wrote a checkpoint.
 
     Raises:
@@ -78,13 +80,13 @@ def read_config(checkpoint: Path) -> RunConfig:
     """
     settings = yaml.safe_load((checkpoint / storage.CONFIG_FILE).read_text())
     try:
-        return config_from_flat_dict(settings)
+        return restore(config_from_flat_dict(settings))
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint / storage.CONFIG_FILE}: {error}") from None
 
 
 def load_checkpoint(
-    config: RunConfig,
+    config: ResolvedConfig,
     checkpoint: Path,
     *,
     chunks: list[DistributedDataParallel],
@@ -151,7 +153,7 @@ def load_checkpoint(
     return progress
 
 
-def load_weights(checkpoint: Path, chunks: list[PonderGPTModel], config: RunConfig) -> None:
+def load_weights(checkpoint: Path, chunks: list[PonderGPTModel], config: ResolvedConfig) -> None:
     """Load the weights of a checkpoint into the unwrapped model of any layout.
 
     Args:
@@ -167,7 +169,7 @@ def load_weights(checkpoint: Path, chunks: list[PonderGPTModel], config: RunConf
     load_chunks(chunks, loaded["model"])
 
 
-def _check_shape(checkpoint: Path, stored: RunConfig, config: RunConfig) -> None:
+def _check_shape(checkpoint: Path, stored: ResolvedConfig, config: ResolvedConfig) -> None:
     """Refuse weights that have no place in this run's model."""
     differences = shape_differences(stored, config)
     if differences:

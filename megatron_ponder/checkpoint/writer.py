@@ -28,7 +28,7 @@ from megatron_ponder.checkpoint.state import (
     random_state_object,
 )
 from megatron_ponder.config.parse import dump_yaml
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import CheckpointError
 from megatron_ponder.runtime.distributed import data_parallel_group, is_rank_zero, ranks
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 FILES_PER_RANK = 1
 
 
-def prepare_folder(config: RunConfig) -> None:
+def prepare_folder(config: ResolvedConfig) -> None:
     """Create `--save`, and refuse to mix this run's checkpoints with another's.
 
     Raises:
@@ -62,7 +62,7 @@ def prepare_folder(config: RunConfig) -> None:
 
 
 def save_checkpoint(
-    config: RunConfig,
+    config: ResolvedConfig,
     *,
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,

@@ -7,15 +7,15 @@ works, where there is one.
 import math
 from collections.abc import Iterator
 
-from megatron_ponder.config.schema import ModelConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
+from megatron_ponder.config.schema import RunConfig
 
 
-def padded_vocab_size(model: ModelConfig) -> int:
+def padded_vocab_size(model: ResolvedModelConfig) -> int:
     """Rows of embedding and output layer: a multiple of make_vocab_size_divisible_by.
 
     Independent of the layout, so that a checkpoint has the same shapes everywhere.
     """
-    assert model.vocab_size is not None
     multiple = model.make_vocab_size_divisible_by
     return math.ceil(model.vocab_size / multiple) * multiple
 
@@ -68,18 +68,16 @@ def layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"{flag_of(name)} needs --pipeline-model-parallel-size of at least 2."
 
 
-def shard_problems(config: RunConfig) -> Iterator[str]:
+def shard_problems(config: ResolvedConfig) -> Iterator[str]:
     """What tensor and sequence parallelism cut into equal parts."""
     model, size = config.model, config.parallel.tensor_model_parallel_size
     divided = {
         "--num-attention-heads": model.num_attention_heads,
         "--num-query-groups": model.num_query_groups,
         "--ffn-hidden-size": model.ffn_hidden_size,
+        "the padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size(model),
     }
-    if model.vocab_size is not None:
-        divided["the padded vocabulary (--make-vocab-size-divisible-by)"] = padded_vocab_size(model)
     for name, value in divided.items():
-        assert value is not None
         if value % size:
             yield f"{name} {value}: not a multiple of --tensor-model-parallel-size {size}."
     yield from _sequence_shards(config)
@@ -87,7 +85,7 @@ def shard_problems(config: RunConfig) -> Iterator[str]:
     yield from _recomputation(config)
 
 
-def backend_problems(config: RunConfig) -> Iterator[str]:
+def backend_problems(config: ResolvedConfig) -> Iterator[str]:
     """Backends that do not go with each other or with the rest of the run."""
     backend, parallel = config.backend, config.parallel
     has_fp8 = backend.fp8_format is not None
@@ -116,7 +114,7 @@ def backend_problems(config: RunConfig) -> Iterator[str]:
         yield from _fp8_problems(config)
 
 
-def _fp8_problems(config: RunConfig) -> Iterator[str]:
+def _fp8_problems(config: ResolvedConfig) -> Iterator[str]:
     """Products in fp8 are TransformerEngine's, and take widths of 16 and rows of 8."""
     model, backend, parallel = config.model, config.backend, config.parallel
     flag = f"--fp8-format {backend.fp8_format}"
@@ -124,8 +122,6 @@ def _fp8_problems(config: RunConfig) -> Iterator[str]:
         yield f"{flag} needs --bf16."
     if backend.transformer_impl == "local":
         yield f"{flag} needs --transformer-impl transformer_engine (or auto)."
-    assert model.kv_channels is not None and model.num_query_groups is not None
-    assert model.ffn_hidden_size is not None
     size = parallel.tensor_model_parallel_size
     attention_width = model.num_attention_heads * model.kv_channels
     widths = {
@@ -145,7 +141,7 @@ def _fp8_problems(config: RunConfig) -> Iterator[str]:
         yield f"{flag}: {rows} tokens of a micro-batch on a rank are not a multiple of 8."
 
 
-def _sequence_shards(config: RunConfig) -> Iterator[str]:
+def _sequence_shards(config: ResolvedConfig) -> Iterator[str]:
     """The sequence over context-parallel ranks, and each shard over tensor-parallel ones."""
     parallel, length = config.parallel, config.data.seq_length
     context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
@@ -163,7 +159,7 @@ def _sequence_shards(config: RunConfig) -> Iterator[str]:
         )
 
 
-def layers_of_pipeline_ranks(config: RunConfig) -> list[int]:
+def layers_of_pipeline_ranks(config: ResolvedConfig) -> list[int]:
     """Layers on each pipeline rank, first to last; empty if they cannot be shared so.
 
     The ends have what --decoder-first/last-pipeline-num-layers give them, the others equal shares.
@@ -180,7 +176,7 @@ def layers_of_pipeline_ranks(config: RunConfig) -> list[int]:
     return [left // num_left if layers is None else layers for layers in by_rank]
 
 
-def _layer_split(config: RunConfig) -> Iterator[str]:
+def _layer_split(config: ResolvedConfig) -> Iterator[str]:
     """Layers over pipeline ranks and their virtual stages."""
     parallel, num_layers = config.parallel, config.model.num_layers
     num_ranks = parallel.pipeline_model_parallel_size
@@ -206,7 +202,7 @@ def _layer_split(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _recomputation(config: RunConfig) -> Iterator[str]:
+def _recomputation(config: ResolvedConfig) -> Iterator[str]:
     """Settings of one granularity, and units of layers that are recomputed together."""
     training, parallel = config.training, config.parallel
     if training.recompute_num_passes is not None and training.recompute_granularity != "pass":
@@ -224,11 +220,10 @@ def _recomputation(config: RunConfig) -> Iterator[str]:
         )
 
 
-def batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+def batch_problems(config: ResolvedConfig, world_size: int) -> Iterator[str]:
     """The global batch over ranks and micro-batches."""
     micro, whole = config.training.micro_batch_size, config.training.global_batch_size
     replicas = data_parallel_size(config, world_size)
-    assert whole is not None
     if whole % (micro * replicas):
         yield (
             f"--global-batch-size {whole}: not a multiple of --micro-batch-size {micro} x "

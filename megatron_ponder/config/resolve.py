@@ -17,6 +17,7 @@ from megatron_ponder.config.layout import (
     layout_problems,
     shard_problems,
 )
+from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
 from megatron_ponder.config.schema import (
     BackendConfig,
     CheckpointConfig,
@@ -30,7 +31,7 @@ PAUSE_TOKEN_ID = 50288
 """The authors' pause token: a row of GPT-NeoX's padded vocabulary that no text gives."""
 
 
-DERIVED_OF_RUN = (
+_DERIVED_OF_RUN = (
     "global_batch_size",
     "min_lr",
     "lr_decay_iters",
@@ -42,62 +43,83 @@ DERIVED_OF_RUN = (
 
 def resolve(
     config: RunConfig, *, world_size: int, tokenizer_vocab_size: int | None = None
-) -> RunConfig:
+) -> ResolvedConfig:
     """Fill in every derived setting and check the whole.
 
-    `init_method` alone stays None where it was: its default is the method's.
+    `init_method` alone stays None if it was: its default is the method's.
 
     Args:
         config: as given.
         world_size: number of ranks.
-        tokenizer_vocab_size: ids that the tokenizer can produce; None where there is no tokenizer.
+        tokenizer_vocab_size: ids that the tokenizer can produce; None without a tokenizer.
 
     Raises:
         ConfigError: one line per problem, each with what to change.
     """
-    problems = [*_sizes(config), *_ranges(config), *layout_problems(config, world_size)]
-    if not problems:
-        config = _derive(config, world_size, tokenizer_vocab_size)
-        problems = [
-            *_shape(config.model),
-            *shard_problems(config),
-            *backend_problems(config),
-            *_vocabulary(config.model, tokenizer_vocab_size),
-            *_method(config),
-            *batch_problems(config, world_size),
-            *_schedule(config),
-            *_data(config),
-            *_checkpoints(config),
-        ]
-    if problems:
-        raise ConfigError("the settings do not fit together:\n  - " + "\n  - ".join(problems))
-    return config
+    _raise_if_any(
+        *_sizes(config),
+        *_ranges(config),
+        *_missing_vocabulary(config.model, tokenizer_vocab_size),
+        *layout_problems(config, world_size),
+    )
+    resolved = _derive(config, world_size, tokenizer_vocab_size)
+    _raise_if_any(
+        *_shape(resolved.model),
+        *shard_problems(resolved),
+        *backend_problems(resolved),
+        *_vocabulary(resolved.model, tokenizer_vocab_size),
+        *_method(resolved),
+        *batch_problems(resolved, world_size),
+        *_lr_schedule(resolved),
+        *_data(resolved),
+        *_checkpoints(resolved),
+    )
+    return resolved
 
 
-def resolve_for_reading(config: RunConfig, *, num_ranks: int) -> RunConfig:
-    """A run's config for a model that is only read, by ranks that all share each layer.
+def resolve_for_inference(config: ResolvedConfig, *, num_ranks: int) -> ResolvedConfig:
+    """The config of a trained model on ranks that all share each layer.
 
-    Layout, batch, schedule and checkpoints of the run mean nothing there. Nor does by which
-    libraries it computed: the model may be read on another machine, and the cache of a generation
-    is that of torch's attention.
+    The run's layout, batch, LR schedule and checkpoints do not matter there, nor do its backends:
+    the model may be used on another machine, and generation caches keys and values of torch's
+    attention.
 
     Args:
-        config: the run's, resolved.
+        config: the run's.
         num_ranks: tensor-parallel ranks.
 
     Raises:
         ConfigError: the model cannot be divided among so many ranks.
     """
     alone = dataclasses.replace(
-        config,
+        reopen(config).replaced(micro_batch_size=1, recompute_granularity=None),
         parallel=ParallelConfig(tensor_model_parallel_size=num_ranks),
         backend=BackendConfig(attention_backend="sdpa"),
         checkpoint=CheckpointConfig(),
-    ).replaced(micro_batch_size=1, recompute_granularity=None, **dict.fromkeys(DERIVED_OF_RUN))
+    )
     return resolve(alone, world_size=num_ranks, tokenizer_vocab_size=None)
 
 
-def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None) -> RunConfig:
+def restore(stored: RunConfig) -> ResolvedConfig:
+    """A config that was resolved before it was stored. It is not checked again.
+
+    Checkpoints imported by an earlier version left some of it open; that is filled in for one rank.
+    """
+    return _derive(stored, 1, None)
+
+
+def reopen(config: ResolvedConfig) -> RunConfig:
+    """The config with those values derived again that depend on ranks and length of the run."""
+    return RunConfig.from_flat_dict(config.to_flat_dict() | dict.fromkeys(_DERIVED_OF_RUN))
+
+
+def _raise_if_any(*problems: str) -> None:
+    """Report all problems at once."""
+    if problems:
+        raise ConfigError("the settings do not fit together:\n  - " + "\n  - ".join(problems))
+
+
+def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None) -> ResolvedConfig:
     """Values for the settings that are None."""
     model, optim, training = config.model, config.optimizer, config.training
     decay_iters = optim.lr_decay_iters or training.train_iters
@@ -113,24 +135,21 @@ def _derive(config: RunConfig, world_size: int, tokenizer_vocab_size: int | None
         "lr_warmup_iters": round(optim.lr_warmup_fraction * decay_iters),
         "lr_wsd_decay_iters": max(decay_iters // 10, 1),
     }
-    given = config.to_flat_dict()
-    config = config.replaced(**{k: v for k, v in defaults.items() if given[k] is None})
+    values = config.to_flat_dict()
+    values |= {name: default for name, default in defaults.items() if values[name] is None}
     if config.method.uses_pause_token and config.method.pause_token_id is None:
-        return _with_pause_row(config, tokenizer_vocab_size or 0)
-    return config
+        values |= _pause_row(values["vocab_size"], tokenizer_vocab_size or 0)
+    return ResolvedConfig.from_flat_dict(values, given=config)
 
 
-def _with_pause_row(config: RunConfig, tokenizer_vocab_size: int) -> RunConfig:
+def _pause_row(vocab_size: int, tokenizer_vocab_size: int) -> dict[str, int]:
     """The row of the pause token: the authors' if it is there and no text uses it, else a new one.
 
     A new one is a real row, not one of the padding, which an export leaves out.
     """
-    vocab_size = config.model.vocab_size
-    if vocab_size is None:
-        return config
     if tokenizer_vocab_size <= PAUSE_TOKEN_ID < vocab_size:
-        return config.replaced(pause_token_id=PAUSE_TOKEN_ID)
-    return config.replaced(pause_token_id=vocab_size, vocab_size=vocab_size + 1)
+        return {"pause_token_id": PAUSE_TOKEN_ID}
+    return {"pause_token_id": vocab_size, "vocab_size": vocab_size + 1}
 
 
 def _sizes(config: RunConfig) -> Iterator[str]:
@@ -217,10 +236,9 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         yield f"--lr-warmup-fraction {values['lr_warmup_fraction']}: must be from 0 to 1."
 
 
-def _shape(model: ModelConfig) -> Iterator[str]:
+def _shape(model: ResolvedModelConfig) -> Iterator[str]:
     """The model by itself."""
     heads, groups = model.num_attention_heads, model.num_query_groups
-    assert groups is not None and model.kv_channels is not None
     if model.hidden_size % heads and model.kv_channels * heads != model.hidden_size:
         yield f"--hidden-size {model.hidden_size}: not a multiple of --num-attention-heads {heads}."
     if heads % groups:
@@ -242,11 +260,15 @@ def _shape(model: ModelConfig) -> Iterator[str]:
             )
 
 
-def _vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
-    """The tokenizer against the model."""
-    if model.vocab_size is None:
+def _missing_vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
+    """Nothing says how large the vocabulary is."""
+    if model.vocab_size is None and tokenizer_vocab_size is None:
         yield "--vocab-size must be given, or a tokenizer that says it (--tokenizer-model)."
-    elif tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
+
+
+def _vocabulary(model: ResolvedModelConfig, tokenizer_vocab_size: int | None) -> Iterator[str]:
+    """The tokenizer against the model."""
+    if tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
         yield (
             f"the tokenizer's vocabulary of {tokenizer_vocab_size} is larger than the model's "
             f"--vocab-size {model.vocab_size}: give a --vocab-size of at least "
@@ -254,7 +276,7 @@ def _vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> Iterato
         )
 
 
-def _method(config: RunConfig) -> Iterator[str]:
+def _method(config: ResolvedConfig) -> Iterator[str]:
     """Thoughts and their iterations."""
     method = config.method
     if (
@@ -266,7 +288,7 @@ def _method(config: RunConfig) -> Iterator[str]:
             f"--max-jacobi-iterations {method.max_jacobi_iterations}."
         )
     vocab_size, pause = config.model.vocab_size, method.pause_token_id
-    if vocab_size is None or pause is None or not method.uses_pause_token:
+    if pause is None or not method.uses_pause_token:
         return
     if pause >= vocab_size:
         yield (
@@ -275,11 +297,9 @@ def _method(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _schedule(config: RunConfig) -> Iterator[str]:
+def _lr_schedule(config: ResolvedConfig) -> Iterator[str]:
     """Warm-up, decay and the bounds of the learning rate."""
     optim = config.optimizer
-    assert optim.min_lr is not None and optim.lr_decay_iters is not None
-    assert optim.lr_warmup_iters is not None and optim.lr_wsd_decay_iters is not None
     if not 0 <= optim.min_lr <= optim.lr:
         yield f"--min-lr {optim.min_lr}: must be from 0 to --lr {optim.lr}."
     if optim.lr_warmup_iters >= optim.lr_decay_iters and optim.lr_warmup_iters > 0:
@@ -294,10 +314,9 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _data(config: RunConfig) -> Iterator[str]:
+def _data(config: ResolvedConfig) -> Iterator[str]:
     """Lengths, and which datasets are named."""
     data, model = config.data, config.model
-    assert model.max_position_embeddings is not None
     has_learned_positions = model.position_embedding_type == "learned_absolute"
     if has_learned_positions and data.seq_length > model.max_position_embeddings:
         yield (
@@ -338,7 +357,7 @@ def _blend_problem(blend: tuple[str, ...]) -> str | None:
     return None
 
 
-def _checkpoints(config: RunConfig) -> Iterator[str]:
+def _checkpoints(config: ResolvedConfig) -> Iterator[str]:
     """Flags that need another one."""
     checkpoint = config.checkpoint
     if checkpoint.load is None and (checkpoint.finetune or checkpoint.ckpt_step is not None):

@@ -8,7 +8,8 @@ behind it never meets a `None` that it has to interpret. Checks across fields li
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 TokenizerType = Literal[
     "SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer"
@@ -367,12 +368,28 @@ class RunConfig:
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Every setting under its flag's name (with underscores), as stored in checkpoints."""
-        groups = (getattr(self, group.name) for group in dataclasses.fields(self))
+        groups = (getattr(self, group.name) for group in dataclasses.fields(RunConfig))
         return {
             field.name: getattr(group, field.name)
             for group in groups
             for field in dataclasses.fields(group)
         }
+
+    @classmethod
+    def from_flat_dict(cls, values: Mapping[str, Any], **others: Any) -> Self:
+        """The inverse of `to_flat_dict`.
+
+        Args:
+            values: every setting of the groups under its flat name.
+            others: fields of a subclass that are no groups of settings.
+        """
+        groups = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in others:
+                group: Any = field.type
+                names = (setting.name for setting in dataclasses.fields(group))
+                groups[field.name] = group(**{name: values[name] for name in names})
+        return cls(**groups, **others)
 
     def replaced(self, **changes: Any) -> "RunConfig":
         """A copy with some settings changed, named flat: `config.replaced(num_layers=4)`.
@@ -380,13 +397,7 @@ class RunConfig:
         Raises:
             KeyError: a name that is no setting.
         """
-        pending = dict(changes)
-        groups = {}
-        for group_field in dataclasses.fields(self):
-            group = getattr(self, group_field.name)
-            names = {field.name for field in dataclasses.fields(group)}
-            mine = {name: pending.pop(name) for name in names & pending.keys()}
-            groups[group_field.name] = dataclasses.replace(group, **mine)
-        if pending:
-            raise KeyError(f"not a setting: {', '.join(sorted(pending))}")
-        return RunConfig(**groups)
+        values = self.to_flat_dict()
+        if unknown := changes.keys() - values.keys():
+            raise KeyError(f"not a setting: {', '.join(sorted(unknown))}")
+        return RunConfig.from_flat_dict(values | changes)

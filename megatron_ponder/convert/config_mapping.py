@@ -11,7 +11,7 @@ and not of a model, and everything that only generation reads.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.convert.method_mapping import METHOD_KEYS
 from megatron_ponder.convert.rotary_mapping import build_rope_scaling, read_rotary
 from megatron_ponder.convert.stock_families import (
@@ -156,7 +156,7 @@ def _biases(model_type: str, config: Config, problems: list[str]) -> dict[str, A
     return {"add_bias_linear": in_mlp, "add_attention_bias": in_attention and not in_mlp}
 
 
-def build_stock_config(run: RunConfig) -> dict[str, Any]:
+def build_stock_config(run: ResolvedConfig) -> dict[str, Any]:
     """config.json of the stock class with a resolved run's model; without dtype and token ids.
 
     Raises:
@@ -192,7 +192,7 @@ def build_stock_config(run: RunConfig) -> dict[str, Any]:
     return config
 
 
-def _stock_dropouts(run: RunConfig) -> dict[str, float]:
+def _stock_dropouts(run: ResolvedConfig) -> dict[str, float]:
     """Dropout of further training, under the stock class's keys."""
     hidden, attention = run.model.hidden_dropout, run.model.attention_dropout
     if run.model.position_embedding_type == "learned_absolute":
@@ -202,7 +202,7 @@ def _stock_dropouts(run: RunConfig) -> dict[str, float]:
     return {"attention_dropout": attention}
 
 
-def _check_stock_config(config: Config, run: RunConfig) -> None:
+def _check_stock_config(config: Config, run: ResolvedConfig) -> None:
     """Read the config back: what is not the run's own has no place in the stock class."""
     values = vars(run.model)
     try:
@@ -218,7 +218,7 @@ def _check_stock_config(config: Config, run: RunConfig) -> None:
         raise _no_stock_model(run, problems)
 
 
-def _no_stock_model(run: RunConfig, problems: list[str]) -> ConversionError:
+def _no_stock_model(run: ResolvedConfig, problems: list[str]) -> ConversionError:
     """Why there is nothing to export to."""
     return ConversionError(
         f"The model is no stock {run.model.architecture} model, so transformers has no class for "

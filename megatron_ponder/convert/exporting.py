@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from megatron_ponder import log
 from megatron_ponder.checkpoint.reader import locate, read_config
-from megatron_ponder.config.resolve import resolve_for_reading
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolve import resolve_for_inference
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.convert import exported_code, verification
 from megatron_ponder.convert.config_mapping import build_stock_config
 from megatron_ponder.convert.folders import check_space, new_folder
@@ -50,11 +50,10 @@ def export_checkpoint(options: ExportOptions) -> None:
             not compute what the checkpoint does.
     """
     checkpoint = locate(Path(options.load), options.ckpt_step)
-    config = resolve_for_reading(read_config(checkpoint), num_ranks=1)
+    config = resolve_for_inference(read_config(checkpoint), num_ranks=1)
     if options.tokenizer_model is not None:
         config = config.replaced(tokenizer_model=options.tokenizer_model)
     dtype = DTYPES[options.dtype or ("bf16" if config.training.bf16 else "fp32")]
-    assert config.model.vocab_size is not None
     tokenizer = None
     if not options.without_tokenizer:
         tokenizer = load_run_tokenizer(config.data, config.model.vocab_size)
@@ -82,7 +81,7 @@ def export_checkpoint(options: ExportOptions) -> None:
     logger.info("exported %s to %s", checkpoint, target)
 
 
-def build_huggingface_config(config: RunConfig) -> dict[str, Any]:
+def build_huggingface_config(config: ResolvedConfig) -> dict[str, Any]:
     """config.json of a run's model; without dtype and token ids.
 
     Raises:
@@ -101,7 +100,7 @@ def build_huggingface_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _write_weights(
-    folder: Path, checkpoint: Path, config: RunConfig, dtype: torch.dtype, max_bytes: int
+    folder: Path, checkpoint: Path, config: ResolvedConfig, dtype: torch.dtype, max_bytes: int
 ) -> None:
     """All weight files and their index."""
     parameters = StoredParameters(config)
@@ -119,7 +118,7 @@ def _write_weights(
 
 
 def plan_shards(
-    config: RunConfig, parameters: StoredParameters, max_numel: int
+    config: ResolvedConfig, parameters: StoredParameters, max_numel: int
 ) -> list[list[tuple[Rule, list[TensorToWrite]]]]:
     """Which weights go to which file, in the order of the layers.
 
@@ -141,13 +140,17 @@ def plan_shards(
     return shards
 
 
-def _on_meta(rule: Rule, parameters: StoredParameters, config: RunConfig) -> list[Tensor]:
+def _on_meta(rule: Rule, parameters: StoredParameters, config: ResolvedConfig) -> list[Tensor]:
     """The shapes that a rule gives, without the tensors."""
     return rule.split(torch.empty(parameters.shapes[rule.ours], device="meta"), config.model)
 
 
 def _convert(
-    rules: list[Rule], reader: ParameterReader, config: RunConfig, dtype: torch.dtype, bar: tqdm
+    rules: list[Rule],
+    reader: ParameterReader,
+    config: ResolvedConfig,
+    dtype: torch.dtype,
+    bar: tqdm,
 ) -> Iterator[Tensor]:
     """The tensors of a file, one parameter at a time."""
     for rule in rules:
@@ -156,7 +159,7 @@ def _convert(
             bar.update(part.numel() * dtype.itemsize)
 
 
-def _write_card(folder: Path, checkpoint: Path, config: RunConfig) -> None:
+def _write_card(folder: Path, checkpoint: Path, config: ResolvedConfig) -> None:
     """README.md with what the checkpoint says of its training."""
     progress = dist_checkpointing.load_common_state_dict(str(checkpoint))["progress"]
     write_model_card(
@@ -168,10 +171,9 @@ def _write_card(folder: Path, checkpoint: Path, config: RunConfig) -> None:
     )
 
 
-def _verify(folder: Path, checkpoint: Path, config: RunConfig, dtype: torch.dtype) -> None:
+def _verify(folder: Path, checkpoint: Path, config: ResolvedConfig, dtype: torch.dtype) -> None:
     """Compare what was written with what is in the checkpoint."""
     model = config.model
-    assert model.vocab_size is not None and model.max_position_embeddings is not None
     ids = verification.draw_ids(model.vocab_size, model.max_position_embeddings)
     ours = None if config.method.method == "vanilla" else model.architecture
     source = verification.native_logits(checkpoint, config, ids, rounded_to=dtype)

@@ -19,7 +19,8 @@ from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.state import WEIGHTS_ONLY
 from megatron_ponder.config.parse import dump_yaml
-from megatron_ponder.config.resolve import DERIVED_OF_RUN, resolve
+from megatron_ponder.config.resolve import reopen, resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert import verification
 from megatron_ponder.convert.config_mapping import read_model_settings
@@ -134,7 +135,7 @@ def _build_config(
     settings: Mapping[str, Any],
     method: MethodOfSource,
     files: WeightFiles,
-) -> RunConfig:
+) -> ResolvedConfig:
     """A run that has not begun, resolved for one process."""
     found = find_tokenizer(
         Path(options.hf_path),
@@ -152,7 +153,7 @@ def _build_config(
         raise ConversionError(
             f"{options.hf_path}: has fp64 weights, which would lose digits. Write fp32 ones."
         )
-    config = RunConfig().replaced(
+    given = RunConfig().replaced(
         **settings,
         **method.result,
         **tokenizer,
@@ -161,7 +162,7 @@ def _build_config(
         seq_length=min(DEFAULT_SEQ_LENGTH, settings["max_position_embeddings"]),
     )
     vocab_size = found.tokenizer.vocab_size if found is not None else None
-    return resolve(config, world_size=1, tokenizer_vocab_size=vocab_size)
+    return resolve(given, world_size=1, tokenizer_vocab_size=vocab_size)
 
 
 class _Weights:
@@ -176,14 +177,17 @@ class _Weights:
     """
 
     def __init__(
-        self, files: WeightFiles, config: RunConfig, parameters: StoredParameters, num_rows: int
+        self,
+        files: WeightFiles,
+        config: ResolvedConfig,
+        parameters: StoredParameters,
+        num_rows: int,
     ) -> None:
         self._files = files
         self._model = config.model
         self._shapes = parameters.shapes
         self._dtype = parameters.dtype
         self._rules = {rule.ours: rule for rule in rules_of(config.model)}
-        assert config.model.vocab_size is not None
         self._num_new_rows = config.model.vocab_size - num_rows
         self.num_bytes = sum(
             torch.Size(shape).numel() * self._dtype.itemsize for shape in self._shapes.values()
@@ -241,7 +245,7 @@ class _Weights:
 
 
 def _write(
-    folder: Path, config: RunConfig, parameters: StoredParameters, weights: _Weights
+    folder: Path, config: ResolvedConfig, parameters: StoredParameters, weights: _Weights
 ) -> Path:
     """The whole checkpoint; returns the folder of its iteration."""
     check_space(folder, weights.num_bytes)
@@ -256,21 +260,20 @@ def _write(
             return tensor
 
         write_parameters(unfinished, parameters, fetch, common)
-    open_settings = config.replaced(**dict.fromkeys(DERIVED_OF_RUN))
+    open_settings = reopen(config)
     (unfinished / storage.CONFIG_FILE).write_text(dump_yaml(open_settings), encoding="utf-8")
     return storage.publish(folder, 0)
 
 
 def _verify(
     checkpoint: Path,
-    config: RunConfig,
+    config: ResolvedConfig,
     method: MethodOfSource,
     stored: Mapping[str, Any],
     options: ImportOptions,
 ) -> None:
     """Compare the checkpoint with the folder, both by the folder's method."""
     num_rows, max_tokens = int(stored["vocab_size"]), config.model.max_position_embeddings
-    assert max_tokens is not None
     ids = verification.draw_ids(num_rows, max_tokens)
     as_source = config.replaced(**method.source)
     is_stock = as_source.method.method == "vanilla"

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ponder.config.presets import PRESETS
-from megatron_ponder.config.schema import MethodConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.errors import ConversionError
 
 OLD_KEYS = {
@@ -165,7 +166,7 @@ def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def build_method_keys(run: RunConfig) -> dict[str, Any]:
+def build_method_keys(run: ResolvedConfig) -> dict[str, Any]:
     """Keys of a config for the method of a run; none for a stock model."""
     if run.method.method == "vanilla":
         return {}

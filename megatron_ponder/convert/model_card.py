@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.size import count_parameters
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def write_model_card(
-    folder: Path, config: RunConfig, *, iteration: int, consumed_tokens: int, run_folder: Path
+    folder: Path, config: ResolvedConfig, *, iteration: int, consumed_tokens: int, run_folder: Path
 ) -> None:
     """Write README.md.
 
@@ -50,7 +50,7 @@ def last_evaluations(metrics: Path, iteration: int) -> list[dict[str, Any]]:
     return list(latest.values())
 
 
-def _front_matter(config: RunConfig) -> str:
+def _front_matter(config: ResolvedConfig) -> str:
     method = config.method.method
     return (
         "---\n"
@@ -61,7 +61,7 @@ def _front_matter(config: RunConfig) -> str:
     )
 
 
-def _facts(config: RunConfig, iteration: int, consumed_tokens: int) -> str:
+def _facts(config: ResolvedConfig, iteration: int, consumed_tokens: int) -> str:
     """The model and its training."""
     model, counts = config.model, count_parameters(config.model)
     without_tables = counts.total - counts.embedding - counts.head
@@ -79,7 +79,7 @@ def _facts(config: RunConfig, iteration: int, consumed_tokens: int) -> str:
     return "\n".join(["# Model", "", "| | |", "|---|---|", *lines, ""])
 
 
-def _method_rows(config: RunConfig) -> dict[str, Any]:
+def _method_rows(config: ResolvedConfig) -> dict[str, Any]:
     """Method, K and R, as far as they mean something."""
     settings = config.method
     if settings.method == "vanilla":
@@ -116,7 +116,7 @@ def _number(record: Mapping[str, Any], name: str) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else "-"
 
 
-def _usage(config: RunConfig) -> str:
+def _usage(config: ResolvedConfig) -> str:
     """How to load it."""
     is_stock = config.method.method == "vanilla"
     argument = "" if is_stock else ", trust_remote_code=True"

@@ -6,7 +6,7 @@ Imports no torch. Left out: scalings that our model does not have, which are ref
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.config.resolved import ResolvedModelConfig
 from megatron_ponder.convert.stock_families import Config, Family
 
 DEFAULT_ROTARY_BASE = 10000.0
@@ -77,7 +77,7 @@ def _scaling(
     return scaling | {"use_rope_scaling": kind == "llama3"}
 
 
-def build_rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+def build_rope_scaling(model: ResolvedModelConfig) -> dict[str, Any] | None:
     """rope_scaling in the form that transformers 4 and 5 read."""
     values = vars(model)
     if model.use_rope_scaling:

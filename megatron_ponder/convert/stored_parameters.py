@@ -49,7 +49,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_ponder.checkpoint.optimizer_state import METADATA
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import CheckpointError, PonderError
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.model.specs import layer_spec
@@ -84,7 +84,7 @@ class Piece:
         return tuple(slice(start, start + length) for start, length in within)
 
 
-def build_bare_model(config: RunConfig) -> PonderGPTModel:
+def build_bare_model(config: ResolvedConfig) -> PonderGPTModel:
     """A run's whole model with weights that are not set. Needs the groups of one process."""
     transformer_config = build_transformer_config(config, REFERENCE)
     # Also because fake tensors and random generators do not go together.
@@ -106,7 +106,7 @@ class StoredParameters:
         config: resolved for one process.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         with FakeTensorMode():
             model = build_bare_model(config)
             self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

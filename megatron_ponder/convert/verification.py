@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.checkpoint.reader import load_weights
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.convert.exported_code import class_name
 from megatron_ponder.convert.stored_parameters import build_bare_model
 from megatron_ponder.errors import ConversionError
@@ -34,7 +34,7 @@ MEMORY_FACTOR = 1.3
 """Memory over that of fp32 weights: logits, activations, buffers of loading."""
 
 
-def check_memory(config: RunConfig) -> None:
+def check_memory(config: ResolvedConfig) -> None:
     """Refuse to begin what would not fit.
 
     Raises:
@@ -63,7 +63,7 @@ def draw_ids(vocab_size: int, max_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def native_logits(
-    checkpoint: Path, config: RunConfig, ids: Tensor, rounded_to: torch.dtype | None = None
+    checkpoint: Path, config: ResolvedConfig, ids: Tensor, rounded_to: torch.dtype | None = None
 ) -> Tensor:
     """Logits of a checkpoint, fp32 [b, s, v]. Needs the process groups of one process.
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.config.resolved import ResolvedModelConfig
 from megatron_ponder.errors import ConversionError
 from megatron_ponder.model.size import linear_biases
 
-Join = Callable[[list[Tensor], ModelConfig], Tensor]
-Split = Callable[[Tensor, ModelConfig], list[Tensor]]
-Condition = Callable[[ModelConfig], bool]
+Join = Callable[[list[Tensor], ResolvedModelConfig], Tensor]
+Split = Callable[[Tensor, ResolvedModelConfig], list[Tensor]]
+Condition = Callable[[ResolvedModelConfig], bool]
 
 OUTPUT_LAYER = "output_layer.weight"
 
 
-def _always(model: ModelConfig) -> bool:
+def _always(model: ResolvedModelConfig) -> bool:
     return True
 
 
@@ -39,7 +39,7 @@ class Rule:
     """Whether a model has the parameter."""
 
 
-def to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def to_megatron(state: Mapping[str, Tensor], model: ResolvedModelConfig) -> dict[str, Tensor]:
     """Our state dict from stock Hugging Face tensors.
 
     Args:
@@ -70,7 +70,7 @@ def to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Te
     return result
 
 
-def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def to_huggingface(state: Mapping[str, Tensor], model: ResolvedModelConfig) -> dict[str, Tensor]:
     """Stock Hugging Face tensors from our state dict (whole tensors); the inverse of `to_megatron`.
 
     A tied head is not repeated.
@@ -81,7 +81,7 @@ def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
     return result
 
 
-def rules_of(model: ModelConfig) -> list[Rule]:
+def rules_of(model: ResolvedModelConfig) -> list[Rule]:
     """The rules of a model, layer numbers filled in, in the order of the layers.
 
     Without a head if it is tied.
@@ -102,7 +102,7 @@ def rules_of(model: ModelConfig) -> list[Rule]:
     return [*rules[:first], *filled, *behind]
 
 
-def _pad_vocab(parts: list[Tensor], model: ModelConfig) -> Tensor:
+def _pad_vocab(parts: list[Tensor], model: ResolvedModelConfig) -> Tensor:
     """[vocab, h] -> [padded vocab, h]; padded rows are zero."""
     (weight,) = parts
     if weight.size(0) != model.vocab_size:
@@ -113,18 +113,17 @@ def _pad_vocab(parts: list[Tensor], model: ModelConfig) -> Tensor:
     return torch.cat((weight, weight.new_zeros(padding, weight.size(1))))
 
 
-def _strip_vocab(weight: Tensor, model: ModelConfig) -> list[Tensor]:
+def _strip_vocab(weight: Tensor, model: ResolvedModelConfig) -> list[Tensor]:
     """[padded vocab, h] -> [vocab, h]."""
     return [weight[: model.vocab_size].contiguous()]
 
 
-def _by_group(weight: Tensor, model: ModelConfig) -> Tensor:
+def _by_group(weight: Tensor, model: ResolvedModelConfig) -> Tensor:
     """[groups * n * d, ...] -> [groups, n, d, ...]."""
-    assert model.num_query_groups is not None and model.kv_channels is not None
     return weight.reshape(model.num_query_groups, -1, model.kv_channels, *weight.shape[1:])
 
 
-def _join_qkv(parts: list[Tensor], model: ModelConfig) -> Tensor:
+def _join_qkv(parts: list[Tensor], model: ResolvedModelConfig) -> Tensor:
     """Q [heads * d, ...], K and V [groups * d, ...] -> [groups * (heads / groups + 2) * d, ...].
 
     megatron-core keeps each group's queries, key and value together, so that a contiguous shard of
@@ -135,7 +134,7 @@ def _join_qkv(parts: list[Tensor], model: ModelConfig) -> Tensor:
     return torch.cat(by_group, dim=1).reshape(-1, *rest)
 
 
-def _split_qkv(weight: Tensor, model: ModelConfig) -> list[Tensor]:
+def _split_qkv(weight: Tensor, model: ResolvedModelConfig) -> list[Tensor]:
     """The inverse of `_join_qkv`."""
     rest = weight.shape[1:]
     by_group = _by_group(weight, model)
@@ -167,10 +166,10 @@ def _vocabulary(ours: str, theirs: str) -> Rule:
 def _fused_conv_qkv(ours: str, theirs: str) -> list[Rule]:
     """GPT-2's c_attn: [h, 3h] with Q, K, V side by side."""
 
-    def join(parts: list[Tensor], model: ModelConfig) -> Tensor:
+    def join(parts: list[Tensor], model: ResolvedModelConfig) -> Tensor:
         return _join_qkv(list(parts[0].t().chunk(3)), model)
 
-    def split(weight: Tensor, model: ModelConfig) -> list[Tensor]:
+    def split(weight: Tensor, model: ResolvedModelConfig) -> list[Tensor]:
         return [torch.cat(_split_qkv(weight, model)).t().contiguous()]
 
     return [
@@ -185,19 +184,19 @@ _NEOX_LAYER = "gpt_neox.layers.{i}"
 _GPT2_LAYER = "transformer.h.{i}"
 
 
-def _has_qkv_bias(model: ModelConfig) -> bool:
+def _has_qkv_bias(model: ResolvedModelConfig) -> bool:
     return linear_biases(model)[0]
 
 
-def _has_projection_bias(model: ModelConfig) -> bool:
+def _has_projection_bias(model: ResolvedModelConfig) -> bool:
     return linear_biases(model)[1]
 
 
-def _has_mlp_bias(model: ModelConfig) -> bool:
+def _has_mlp_bias(model: ResolvedModelConfig) -> bool:
     return linear_biases(model)[2]
 
 
-def _has_head_norms(model: ModelConfig) -> bool:
+def _has_head_norms(model: ResolvedModelConfig) -> bool:
     return model.qk_layernorm
 
 

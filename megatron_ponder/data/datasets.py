@@ -15,7 +15,8 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_ponder.config.schema import DataConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.config.schema import DataConfig
 from megatron_ponder.data.fingerprint import data_fingerprint, dataset_digest, is_repeated
 from megatron_ponder.data.index_cache import build_once
 from megatron_ponder.data.indexed import IndexedDatasetSize, check_indexed_dataset
@@ -28,16 +29,15 @@ Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
 Sizes = dict[str, IndexedDatasetSize]
 
 
-def num_samples_needed(config: RunConfig) -> tuple[int, int, int]:
+def num_samples_needed(config: ResolvedConfig) -> tuple[int, int, int]:
     """Sequences that training, one validation and the test of a resolved run read."""
     training = config.training
-    assert training.global_batch_size is not None
     num_evaluation = training.eval_iters * training.global_batch_size
     return training.train_iters * training.global_batch_size, num_evaluation, num_evaluation
 
 
 def build_datasets(
-    config: RunConfig, tokenizer: Tokenizer, num_samples: tuple[int, int, int]
+    config: ResolvedConfig, tokenizer: Tokenizer, num_samples: tuple[int, int, int]
 ) -> Datasets:
     """The datasets of a run; every rank calls this, and rank 0 builds missing indexes first.
 
@@ -63,7 +63,7 @@ def build_datasets(
 
 
 def build_validation_sets(
-    config: RunConfig, tokenizer: Tokenizer, num_samples: int
+    config: ResolvedConfig, tokenizer: Tokenizer, num_samples: int
 ) -> dict[str, Dataset]:
     """Each dataset of --valid-data-path by itself, by its name; weights mean nothing here.
 
@@ -88,7 +88,7 @@ def build_validation_sets(
 
 
 def training_fingerprint(
-    config: RunConfig, tokenizer: Tokenizer, train: Dataset | None, num_samples: int
+    config: ResolvedConfig, tokenizer: Tokenizer, train: Dataset | None, num_samples: int
 ) -> dict[str, Any]:
     """What a run that goes on must find unchanged; see fingerprint.py.
 
@@ -119,7 +119,7 @@ class _WithoutEndTargets(Dataset):
 
 
 def _build(
-    config: RunConfig,
+    config: ResolvedConfig,
     tokenizer: Tokenizer,
     blends: list[Blend | None],
     sizes: Sizes,
@@ -138,7 +138,7 @@ def _build(
 
 
 def _document_datasets(
-    config: RunConfig,
+    config: ResolvedConfig,
     tokenizer: Tokenizer,
     blends: list[Blend | None],
     num_samples: tuple[int, int, int],
@@ -188,7 +188,7 @@ def _document_datasets(
 
 
 def _instruction_datasets(
-    config: RunConfig,
+    config: ResolvedConfig,
     tokenizer: Tokenizer,
     blends: list[Blend | None],
     sizes: Sizes,

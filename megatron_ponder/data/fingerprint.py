@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.data.indexed import data_file, index_file
 from megatron_ponder.data.manifest import hash_file
 from megatron_ponder.data.tokenizers import Tokenizer
@@ -29,7 +29,7 @@ def dataset_digest(prefix: str) -> str:
 
 
 def data_fingerprint(
-    config: RunConfig,
+    config: ResolvedConfig,
     tokenizer: Tokenizer,
     blend: tuple[list[str], list[float] | None],
     num_samples: int,

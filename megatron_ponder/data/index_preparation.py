@@ -7,7 +7,8 @@ builds them before. Left out: everything of the run but its data.
 from pathlib import Path
 
 from megatron_ponder.config.resolve import resolve
-from megatron_ponder.config.schema import ParallelConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.config.schema import ParallelConfig
 from megatron_ponder.data.datasets import (
     build_datasets,
     build_validation_sets,
@@ -18,7 +19,7 @@ from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.runtime.distributed import running
 
 
-def prepare_index(options: PrepareIndexOptions, config: RunConfig) -> dict[str, int]:
+def prepare_index(options: PrepareIndexOptions, config: ResolvedConfig) -> dict[str, int]:
     """Build what a run with this config would build before its first iteration.
 
     Returns:

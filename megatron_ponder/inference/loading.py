@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.checkpoint.reader import load_weights, locate, read_config
-from megatron_ponder.config.resolve import resolve_for_reading
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolve import resolve_for_inference
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ponder.errors import DataError
 from megatron_ponder.inference.logits import whole_logits
@@ -33,7 +33,7 @@ class LoadedModel:
 
     checkpoint: Path
     """The folder of the iteration that was loaded."""
-    config: RunConfig
+    config: ResolvedConfig
     """The training run's, for this layout."""
     model: PonderGPTModel
     """Its weights are this rank's."""
@@ -43,7 +43,6 @@ class LoadedModel:
     @property
     def vocab_size(self) -> int:
         """Ids are below this."""
-        assert self.config.model.vocab_size is not None
         return self.config.model.vocab_size
 
     @property
@@ -147,12 +146,14 @@ def loaded_model(
 
 
 def _for_this_layout(
-    config: RunConfig, options: CheckpointOptions, num_jacobi_iterations: int | None
-) -> RunConfig:
+    config: ResolvedConfig, options: CheckpointOptions, num_jacobi_iterations: int | None
+) -> ResolvedConfig:
     """The training run's config with all ranks sharing each layer, and what the options change."""
     changes: dict[str, object] = {}
     if num_jacobi_iterations is not None:
         changes["num_jacobi_iterations"] = num_jacobi_iterations
     if options.tokenizer_model is not None:
         changes["tokenizer_model"] = options.tokenizer_model
-    return resolve_for_reading(config.replaced(**changes), num_ranks=world_size_from_environment())
+    return resolve_for_inference(
+        config.replaced(**changes), num_ranks=world_size_from_environment()
+    )

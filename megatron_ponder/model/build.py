@@ -1,6 +1,6 @@
 """From a resolved config to a model with weights on this rank's device."""
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.kernels.dispatch import choose_kernels
 from megatron_ponder.model import mcore_weight_gradient
 from megatron_ponder.model.init import initialize_weights
@@ -12,7 +12,7 @@ from megatron_ponder.runtime.backends import use_backends
 from megatron_ponder.runtime.distributed import process_groups, ranks
 
 
-def build_model(config: RunConfig) -> PonderGPTModel:
+def build_model(config: ResolvedConfig) -> PonderGPTModel:
     """The whole model of a resolved run without pipeline parallelism, with initial weights.
 
     Raises:
@@ -23,7 +23,7 @@ def build_model(config: RunConfig) -> PonderGPTModel:
     return model
 
 
-def build_model_chunks(config: RunConfig) -> list[PonderGPTModel]:
+def build_model_chunks(config: ResolvedConfig) -> list[PonderGPTModel]:
     """This pipeline rank's chunks of layers, usually one, with initial weights.
 
     Raises:

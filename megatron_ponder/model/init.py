@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.embedding_copy import COPY, ORIGINAL
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 
@@ -26,7 +26,7 @@ RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.wei
 
 
 @torch.no_grad()
-def initialize_weights(model: PonderGPTModel, config: RunConfig) -> None:
+def initialize_weights(model: PonderGPTModel, config: ResolvedConfig) -> None:
     """Draw all weights of `model` (this rank's shards) in place."""
     scheme = config.model.init_method or model.method.default_init_method
     for name, parameter in model.named_parameters():
@@ -42,7 +42,7 @@ def initialize_weights(model: PonderGPTModel, config: RunConfig) -> None:
 
 
 def _draw(
-    parameter: Tensor, name: str, scheme: str, config: RunConfig, tp_group: ProcessGroup
+    parameter: Tensor, name: str, scheme: str, config: ResolvedConfig, tp_group: ProcessGroup
 ) -> None:
     """Fill a weight with this rank's part of the tensor that seed and name determine."""
     is_sharded = getattr(parameter, "tensor_model_parallel", False)
@@ -62,7 +62,7 @@ def _draw(
     parameter.copy_(whole)
 
 
-def _small_init_std(name: str, config: RunConfig) -> float:
+def _small_init_std(name: str, config: ResolvedConfig) -> float:
     """Sigma of the small initialisation for one weight."""
     std = math.sqrt(2 / (5 * config.model.hidden_size))
     if not name.endswith(RESIDUAL_PROJECTIONS):

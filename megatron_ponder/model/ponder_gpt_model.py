@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.schema import ModelConfig, TrainingConfig
+from megatron_ponder.config.resolved import ResolvedModelConfig, ResolvedTrainingConfig
 from megatron_ponder.kernels.rotary import rotary_table
 from megatron_ponder.model.cache import NewTokens
 from megatron_ponder.model.context_parallel import local_shard
@@ -67,14 +67,14 @@ class PonderGPTModel(LanguageModule):
         self,
         config: TransformerConfig,
         *,
-        shape: ModelConfig,
+        shape: ResolvedModelConfig,
         method: Method,
         layer_spec: ModuleSpec,
         pg_collection: ProcessGroupCollection,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        training_config: TrainingConfig,
+        training_config: ResolvedTrainingConfig,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
@@ -125,7 +125,6 @@ class PonderGPTModel(LanguageModule):
         )
         if post_process:
             self.final_norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
-            assert shape.vocab_size is not None
             self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocab_size,
@@ -382,7 +381,6 @@ class PonderGPTModel(LanguageModule):
     def compute_logits(self, outputs: Tensor) -> Tensor:
         """The output layer: [slots, b, h] (local) -> [slots, b, padded vocabulary / tp]."""
         logits, _ = self.output_layer(outputs, self._tied_weight())
-        assert self.shape.vocab_size is not None
         return mask_padded_columns(logits, self.shape.vocab_size, self.pg_collection.tp)
 
     def sharded_state_dict(

@@ -19,11 +19,11 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.config.resolved import ResolvedModelConfig
 
 
 def build_rotary_embedding(
-    shape: ModelConfig, pg_collection: ProcessGroupCollection
+    shape: ResolvedModelConfig, pg_collection: ProcessGroupCollection
 ) -> RotaryEmbedding:
     """megatron-core's rotary embedding with the model's frequencies.
 
@@ -31,7 +31,6 @@ def build_rotary_embedding(
         shape: resolved.
         pg_collection: process groups.
     """
-    assert shape.kv_channels is not None
     embedding = RotaryEmbedding(
         kv_channels=shape.kv_channels,
         rotary_percent=shape.rotary_percent,
@@ -44,7 +43,7 @@ def build_rotary_embedding(
     return embedding
 
 
-def llama3_frequencies(frequencies: Tensor, shape: ModelConfig) -> Tensor:
+def llama3_frequencies(frequencies: Tensor, shape: ResolvedModelConfig) -> Tensor:
     """Llama 3.1's stretched frequencies, fp32 [d / 2], of unstretched ones; see the module."""
     low, high = shape.rope_scaling_low_freq_factor, shape.rope_scaling_high_freq_factor
     context = shape.rope_scaling_original_max_position_embeddings

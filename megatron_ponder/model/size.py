@@ -23,7 +23,7 @@ gradient costs three times its forward, one without its forward only (`FlopCount
 
 import dataclasses
 
-from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.config.resolved import ResolvedModelConfig
 from megatron_ponder.ponder.plan import PassPlan
 
 
@@ -84,13 +84,12 @@ class FlopCounts:
         return sum((3 if p.has_grad else 1) * p.total for p in self.passes)
 
 
-def count_parameters(model: ModelConfig) -> ParameterCounts:
+def count_parameters(model: ResolvedModelConfig) -> ParameterCounts:
     """Parameters of a model.
 
     Args:
         model: resolved.
     """
-    assert model.vocab_size is not None and model.max_position_embeddings is not None
     hidden = model.hidden_size
     has_learned_positions = model.position_embedding_type == "learned_absolute"
     norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
@@ -116,7 +115,7 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     )
 
 
-def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCounts:
+def forward_flops(model: ResolvedModelConfig, plan: PassPlan, seq_length: int) -> FlopCounts:
     """FLOPs of one forward over one sequence; the module says what is counted.
 
     Args:
@@ -124,7 +123,6 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
         plan: the passes that are run.
         seq_length: tokens in the sequence.
     """
-    assert model.vocab_size is not None and model.kv_channels is not None
     weights = [inputs * outputs for inputs, outputs in linear_modules(model)]
     attention_width = model.num_attention_heads * model.kv_channels
     head = 2 * seq_length * model.hidden_size * model.vocab_size
@@ -144,25 +142,22 @@ def forward_flops(model: ModelConfig, plan: PassPlan, seq_length: int) -> FlopCo
     return FlopCounts(passes=tuple(passes))
 
 
-def linear_biases(model: ModelConfig) -> tuple[bool, bool, bool, bool]:
+def linear_biases(model: ResolvedModelConfig) -> tuple[bool, bool, bool, bool]:
     """Whether QKV, attention output, MLP in and MLP out have biases."""
     of_attention = model.add_bias_linear or model.add_attention_bias
     of_mlp = model.add_bias_linear
     return of_attention or model.add_qkv_bias, of_attention, of_mlp, of_mlp
 
 
-def head_norm_parameters(model: ModelConfig) -> int:
+def head_norm_parameters(model: ResolvedModelConfig) -> int:
     """Parameters of the norms of queries and keys of a layer, which every rank has whole."""
     if not model.qk_layernorm:
         return 0
-    assert model.kv_channels is not None
     return 2 * model.kv_channels * (2 if model.normalization == "LayerNorm" else 1)
 
 
-def linear_modules(model: ModelConfig) -> list[tuple[int, int]]:
+def linear_modules(model: ResolvedModelConfig) -> list[tuple[int, int]]:
     """(inputs, outputs) of a layer's linear modules: QKV, attention output, MLP in, MLP out."""
-    assert model.kv_channels is not None and model.num_query_groups is not None
-    assert model.ffn_hidden_size is not None
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     attention_width = model.num_attention_heads * model.kv_channels
     qkv_width = attention_width + 2 * model.num_query_groups * model.kv_channels

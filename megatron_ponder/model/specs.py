@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_ponder.config.schema import ModelConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
 from megatron_ponder.model.attention import RotarySelfAttention, SdpaCoreAttention
 from megatron_ponder.model.flash_attention import FlashCoreAttention
 from megatron_ponder.model.layer import ParallelResidualLayer, SequentialResidualLayer
@@ -23,7 +23,7 @@ from megatron_ponder.runtime.backends import Backends
 MLPS: dict[str, type[MLP]] = {"swiglu": SwigluMLP, "gelu": GeluMLP, "gelu_tanh": TanhGeluMLP}
 
 
-def layer_spec(config: RunConfig, backends: Backends) -> ModuleSpec:
+def layer_spec(config: ResolvedConfig, backends: Backends) -> ModuleSpec:
     """megatron-core's layer with our attention and MLP, in our layer.
 
     Starts from megatron-core's own specs, so that what it changes between versions (how `mlp` is
@@ -51,7 +51,7 @@ def layer_spec(config: RunConfig, backends: Backends) -> ModuleSpec:
     )
 
 
-def _local_layer(model: ModelConfig) -> Any:
+def _local_layer(model: ResolvedModelConfig) -> Any:
     """megatron-core's linear layers, our norms.
 
     Checkpoint keys of the norms are mapped to those of the fused TransformerEngine layers, which

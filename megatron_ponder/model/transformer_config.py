@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.runtime.backends import Backends
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def build_transformer_config(config: RunConfig, backends: Backends) -> TransformerConfig:
+def build_transformer_config(config: ResolvedConfig, backends: Backends) -> TransformerConfig:
     """The TransformerConfig of a resolved run."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32

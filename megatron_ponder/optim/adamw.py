@@ -17,14 +17,14 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 
 WSD_DECAY_STYLE = "exponential"
 """Shape of WSD's final decay, Megatron-LM's default: 2 * 0.5^x - 1 for x from 0 to 1."""
 
 
 def build_optimizer(
-    config: RunConfig, chunks: list[DistributedDataParallel]
+    config: ResolvedConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """The optimizer of this rank's part of a model, and the schedule that sets its learning rate.
 
@@ -67,7 +67,9 @@ def _use_fused_step(optimizer: ChainedOptimizer) -> None:
                 group["fused"] = True
 
 
-def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_scheduler(
+    config: ResolvedConfig, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
     """Linear warm-up from 0 and the decay that `config` names, in iterations.
 
     As in Megatron-LM the first iteration has learning rate 0 where there is a warm-up, and the

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.build import build_model_chunks
 from megatron_ponder.model.init import name_in_whole_model
@@ -69,7 +69,7 @@ class ParallelModel:
             yield
 
 
-def build_parallel_model(config: RunConfig) -> ParallelModel:
+def build_parallel_model(config: ResolvedConfig) -> ParallelModel:
     """This rank's part of a resolved run's model, with initial weights.
 
     Raises:
@@ -78,7 +78,7 @@ def build_parallel_model(config: RunConfig) -> ParallelModel:
     return wrap_data_parallel(build_model_chunks(config), config)
 
 
-def wrap_data_parallel(modules: list[PonderGPTModel], config: RunConfig) -> ParallelModel:
+def wrap_data_parallel(modules: list[PonderGPTModel], config: ResolvedConfig) -> ParallelModel:
     """megatron-core's DDP around each chunk, with gradients kept and reduced in fp32.
 
     Raises:
@@ -107,7 +107,7 @@ def wrap_data_parallel(modules: list[PonderGPTModel], config: RunConfig) -> Para
     )
 
 
-def check_hook_counts(config: RunConfig, method: Method) -> None:
+def check_hook_counts(config: ResolvedConfig, method: Method) -> None:
     """Refuse an overlapped reduction that could start before a gradient is complete.
 
     Raises:

@@ -27,7 +27,7 @@ copies more, which CUDA's fused one does not: not counted. Dropout keeps a byte 
 
 import dataclasses
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.linear_cross_entropy import MAX_CHUNK_BYTES
 from megatron_ponder.planning.shards import FP32_BYTES, Shards, shards_of
 from megatron_ponder.ponder.chunks import Chunk
@@ -41,12 +41,12 @@ INT64_BYTES = 8
 class ActivationCounter:
     """Bytes kept by parts of the model for one micro-batch on one rank."""
 
-    config: RunConfig
+    config: ResolvedConfig
     """Resolved."""
     shards: Shards
 
     @classmethod
-    def of(cls, config: RunConfig) -> "ActivationCounter":
+    def of(cls, config: ResolvedConfig) -> "ActivationCounter":
         """For a resolved run."""
         return cls(config=config, shards=shards_of(config))
 
@@ -100,7 +100,6 @@ class ActivationCounter:
     def _head_norm_bytes(self, rows: int) -> int:
         """The joint projection before the norms of queries and keys, and a number or two a head."""
         size, model = self.shards, self.config.model
-        assert model.num_query_groups is not None
         num_heads = size.num_heads + size.num_heads * model.num_query_groups // (
             model.num_attention_heads
         )

@@ -9,7 +9,7 @@ or per step.
 import dataclasses
 
 from megatron_ponder.config.layout import data_parallel_size
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.size import head_norm_parameters, linear_biases
 from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.memory import count_local_parameters, has_embedding_copy
@@ -36,7 +36,7 @@ class Traffic:
 
 
 def stage_traffic(
-    config: RunConfig, plan: PassPlan, world_size: int, num_microbatches: int
+    config: ResolvedConfig, plan: PassPlan, world_size: int, num_microbatches: int
 ) -> list[Traffic]:
     """Traffic by stage.
 
@@ -68,7 +68,7 @@ def stage_traffic(
 class StageTraffic:
     """One stage's traffic, chunk by chunk."""
 
-    def __init__(self, config: RunConfig, plan: PassPlan, stage: int) -> None:
+    def __init__(self, config: ResolvedConfig, plan: PassPlan, stage: int) -> None:
         self.config, self.plan, self.stage = config, plan, stage
         self.num_pipeline_stages = config.parallel.pipeline_model_parallel_size
         self.layers = layers_by_stage(config)[stage]
@@ -151,7 +151,6 @@ class StageTraffic:
         if self.stage == self.num_pipeline_stages - 1:
             rows += norm
         if self.stage == 0 and model.position_embedding_type == "learned_absolute":
-            assert model.max_position_embeddings is not None
             rows += model.max_position_embeddings
         count = rows * model.hidden_size + of_heads
         return round(2 * count * FP32_BYTES * self.tensor_share)

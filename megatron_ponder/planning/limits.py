@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ponder.config.layout import data_parallel_size, flag_of, padded_vocab_size
 from megatron_ponder.config.resolve import resolve
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.planning.memory import stage_memory
 from megatron_ponder.planning.recompute import KEEP_ALL, recomputations
@@ -34,7 +34,9 @@ class Limit:
         return self.now >= self.most
 
 
-def find_limits(config: RunConfig, world_size: int, num_microbatches: int) -> list[dict[str, Any]]:
+def find_limits(
+    config: ResolvedConfig, world_size: int, num_microbatches: int
+) -> list[dict[str, Any]]:
     """Bounds of tensor, pipeline, context and data parallelism, each with the others as they are.
 
     Args:
@@ -58,10 +60,9 @@ def _largest(now: int, replicas: int, is_possible: Callable[[int], bool]) -> int
     return max(s for s in sizes if s == now or (now * replicas % s == 0 and is_possible(s)))
 
 
-def _tensor(config: RunConfig, replicas: int) -> Limit:
+def _tensor(config: ResolvedConfig, replicas: int) -> Limit:
     """Heads, widths, vocabulary."""
     model, now = config.model, config.parallel.tensor_model_parallel_size
-    assert model.num_query_groups is not None and model.ffn_hidden_size is not None
     divided = math.gcd(
         model.num_attention_heads,
         model.num_query_groups,
@@ -78,7 +79,7 @@ def _tensor(config: RunConfig, replicas: int) -> Limit:
     )
 
 
-def _pipeline(config: RunConfig, replicas: int, num_microbatches: int) -> Limit:
+def _pipeline(config: ResolvedConfig, replicas: int, num_microbatches: int) -> Limit:
     """Layers and, with several chunks, micro-batches."""
     parallel, num_layers = config.parallel, config.model.num_layers
     now, chunks = (
@@ -101,7 +102,7 @@ def _pipeline(config: RunConfig, replicas: int, num_microbatches: int) -> Limit:
     )
 
 
-def _context(config: RunConfig, replicas: int) -> Limit:
+def _context(config: ResolvedConfig, replicas: int) -> Limit:
     """Tokens of a sequence."""
     now, tokens = config.parallel.context_parallel_size, config.data.seq_length
     return Limit(
@@ -112,10 +113,9 @@ def _context(config: RunConfig, replicas: int) -> Limit:
     )
 
 
-def _data(config: RunConfig, replicas: int) -> Limit:
+def _data(config: ResolvedConfig, replicas: int) -> Limit:
     """Micro-batches of the global batch."""
     training, stages = config.training, config.parallel.pipeline_model_parallel_size
-    assert training.global_batch_size is not None
     num_microbatches = training.global_batch_size // training.micro_batch_size
     return Limit(
         name="data_parallel_size",
@@ -127,7 +127,7 @@ def _data(config: RunConfig, replicas: int) -> Limit:
 
 
 def find_remedies(
-    config: RunConfig, plan: PassPlan, world_size: int, available_bytes: float
+    config: ResolvedConfig, plan: PassPlan, world_size: int, available_bytes: float
 ) -> list[dict[str, Any]]:
     """Single changes to a run that is too large, with the memory of the fullest rank after each.
 
@@ -145,7 +145,6 @@ def find_remedies(
         try:
             changed = resolve(config.replaced(**changes), world_size=world_size)
             replicas = data_parallel_size(changed, world_size) * changed.training.micro_batch_size
-            assert changed.training.global_batch_size is not None
             num_microbatches = changed.training.global_batch_size // replicas
             grad_plan = plan.with_grad_passes(changed.method.jacobi_grad_passes)
             stages = stage_memory(changed, grad_plan, world_size, num_microbatches)
@@ -163,7 +162,7 @@ def find_remedies(
     return sorted(found, key=lambda remedy: remedy["total_gib"])
 
 
-def _changes(config: RunConfig, plan: PassPlan) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(config: ResolvedConfig, plan: PassPlan) -> Iterator[tuple[str, dict[str, Any]]]:
     """What could be changed, as flags and as settings."""
     for settings in recomputations(plan):
         flags = " ".join(f"{flag_of(name)} {value}" for name, value in settings.items())

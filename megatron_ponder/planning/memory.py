@@ -17,7 +17,7 @@ import dataclasses
 from collections import deque
 
 from megatron_ponder.config.layout import data_parallel_size
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.size import head_norm_parameters, linear_biases
 from megatron_ponder.planning.activations import ActivationCounter
 from megatron_ponder.planning.order import Pipeline
@@ -50,7 +50,7 @@ class StageMemory:
 
 
 def stage_memory(
-    config: RunConfig, plan: PassPlan, world_size: int, num_microbatches: int
+    config: ResolvedConfig, plan: PassPlan, world_size: int, num_microbatches: int
 ) -> list[StageMemory]:
     """Memory by pipeline stage.
 
@@ -83,7 +83,7 @@ def stage_memory(
     return result
 
 
-def count_local_parameters(config: RunConfig, stage: int) -> int:
+def count_local_parameters(config: ResolvedConfig, stage: int) -> int:
     """Weights on one rank of a pipeline stage, rows that pad the vocabulary included.
 
     Args:
@@ -98,7 +98,6 @@ def count_local_parameters(config: RunConfig, stage: int) -> int:
     if stage == 0:
         count += table
         if model.position_embedding_type == "learned_absolute":
-            assert model.max_position_embeddings is not None
             count += model.max_position_embeddings * size.hidden_size
     if stage == num_pipeline_stages - 1:
         # Tied embeddings are one table where both ends are on one rank, and a copy where not.
@@ -108,7 +107,7 @@ def count_local_parameters(config: RunConfig, stage: int) -> int:
     return count
 
 
-def has_embedding_copy(config: RunConfig) -> bool:
+def has_embedding_copy(config: ResolvedConfig) -> bool:
     """Whether the last stage has the embedding besides an output layer, to mix embeddings."""
     is_alone = config.parallel.pipeline_model_parallel_size == 1
     if is_alone or not config.model.untie_embeddings_and_output_weights:
@@ -116,7 +115,7 @@ def has_embedding_copy(config: RunConfig) -> bool:
     return load_method(config.method).plan(1).mixes_embeddings
 
 
-def _layer_weights(config: RunConfig) -> int:
+def _layer_weights(config: ResolvedConfig) -> int:
     """A layer's linear modules and norms of heads on one rank.
 
     Biases of row-parallel modules and norms of heads are on every rank.
@@ -138,7 +137,7 @@ class _StagePeak:
     """Finds the fullest moment of a step on one stage."""
 
     def __init__(
-        self, config: RunConfig, plan: PassPlan, num_microbatches: int, stage: int
+        self, config: ResolvedConfig, plan: PassPlan, num_microbatches: int, stage: int
     ) -> None:
         parallel = config.parallel
         self.config, self.plan, self.stage = config, plan, stage

@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.planning.options import PlanOptions
 from megatron_ponder.planning.report import largest_plan, microbatches_per_step, simulate_step
 from megatron_ponder.planning.timeline import Event, Timeline
@@ -35,7 +35,7 @@ MOST_COLUMNS = 96
 """Boxes in a row that can still be told apart."""
 
 
-def draw_step(options: PlanOptions, config: RunConfig, path: Path) -> None:
+def draw_step(options: PlanOptions, config: ResolvedConfig, path: Path) -> None:
     """Draw a run's step as far as it can be read: of many micro-batches only the first.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import MethodConfig, RunConfig
 from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.model.size import count_parameters, forward_flops
@@ -30,7 +31,7 @@ from megatron_ponder.ponder.training_plan import possible_plans
 BYTES_PER_GIB = 1 << 30
 
 
-def plan_run(options: PlanOptions, config: RunConfig) -> dict[str, Any]:
+def plan_run(options: PlanOptions, config: ResolvedConfig) -> dict[str, Any]:
     """The report.
 
     Args:
@@ -85,7 +86,7 @@ def plan_run(options: PlanOptions, config: RunConfig) -> dict[str, Any]:
     return result
 
 
-def resolve_on_paper(config: RunConfig, world_size: int) -> RunConfig:
+def resolve_on_paper(config: RunConfig, world_size: int) -> ResolvedConfig:
     """The config as a run on `world_size` ranks would resolve it.
 
     The tokenizer is only looked at where nothing else says the size of the vocabulary.
@@ -118,16 +119,18 @@ def largest_plan(config: RunConfig) -> PassPlan:
     return possible_plans(load_method(config.method))[-1]
 
 
-def microbatches_per_step(config: RunConfig, world_size: int) -> int:
+def microbatches_per_step(config: ResolvedConfig, world_size: int) -> int:
     """Micro-batches of each data-parallel rank."""
     training = config.training
-    assert training.global_batch_size is not None
     per_pass = training.micro_batch_size * data_parallel_size(config, world_size)
     return training.global_batch_size // per_pass
 
 
 def simulate_step(
-    options: PlanOptions, config: RunConfig, plan: PassPlan, num_microbatches: int | None = None
+    options: PlanOptions,
+    config: ResolvedConfig,
+    plan: PassPlan,
+    num_microbatches: int | None = None,
 ) -> Timeline:
     """One step on paper, timed by FLOPs.
 
@@ -144,7 +147,7 @@ def simulate_step(
     return simulate(pipeline, forward_s, backward_s)
 
 
-def run_pipeline(config: RunConfig, num_microbatches: int) -> Pipeline:
+def run_pipeline(config: ResolvedConfig, num_microbatches: int) -> Pipeline:
     """What the run's stages do in a step with the largest R.
 
     Args:
@@ -162,10 +165,9 @@ def run_pipeline(config: RunConfig, num_microbatches: int) -> Pipeline:
     )
 
 
-def _step(config: RunConfig, plan: PassPlan, num_microbatches: int) -> dict[str, Any]:
+def _step(config: ResolvedConfig, plan: PassPlan, num_microbatches: int) -> dict[str, Any]:
     """Work of a step over all ranks."""
     training, seq_length = config.training, config.data.seq_length
-    assert training.global_batch_size is not None
     plans = possible_plans(load_method(config.method))
     flops = [forward_flops(config.model, one, seq_length) for one in plans]
     forward = statistics.fmean(one.total for one in flops)
@@ -185,7 +187,7 @@ def _step(config: RunConfig, plan: PassPlan, num_microbatches: int) -> dict[str,
     }
 
 
-def _passes(config: RunConfig, plan: PassPlan) -> list[dict[str, Any]]:
+def _passes(config: ResolvedConfig, plan: PassPlan) -> list[dict[str, Any]]:
     """A row for each pass."""
     flops = forward_flops(config.model, plan, config.data.seq_length).passes
     total = sum(cost.total for cost in flops)
@@ -202,7 +204,7 @@ def _passes(config: RunConfig, plan: PassPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _schedule(config: RunConfig, plan: PassPlan, timeline: Timeline) -> dict[str, Any]:
+def _schedule(config: ResolvedConfig, plan: PassPlan, timeline: Timeline) -> dict[str, Any]:
     """The pipeline's step on paper."""
     pipeline = timeline.pipeline
     return {

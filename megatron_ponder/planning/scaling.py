@@ -28,6 +28,7 @@ from typing import Any
 from megatron_ponder import log
 from megatron_ponder.config.layout import data_parallel_size
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
@@ -64,7 +65,7 @@ ALIVE_GROUPS = 3
 class _Candidate:
     """A layout that training accepts."""
 
-    config: RunConfig
+    config: ResolvedConfig
     clock: StepClock
 
     @property
@@ -130,7 +131,7 @@ def plan_scaling(options: ScalingOptions, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _row(options: ScalingOptions, base: RunConfig, world_size: int) -> dict[str, Any]:
+def _row(options: ScalingOptions, base: ResolvedConfig, world_size: int) -> dict[str, Any]:
     """One number of devices."""
     best, num_accepted = find_layout(options, base, world_size)
     row: dict[str, Any] = {"world_size": world_size, "num_accepted_layouts": num_accepted}
@@ -150,7 +151,7 @@ def _row(options: ScalingOptions, base: RunConfig, world_size: int) -> dict[str,
     }
 
 
-def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
+def describe_layout(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
     """What the search has chosen.
 
     Args:
@@ -172,8 +173,8 @@ def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def find_layout(
-    options: ScalingOptions, base: RunConfig, world_size: int
-) -> tuple[RunConfig | None, int]:
+    options: ScalingOptions, base: ResolvedConfig, world_size: int
+) -> tuple[ResolvedConfig | None, int]:
     """The best layout, resolved, and how many training would accept.
 
     Args:
@@ -201,8 +202,8 @@ def find_layout(
 
 
 def accepted_layouts(
-    options: ScalingOptions, base: RunConfig, world_size: int
-) -> Iterator[RunConfig]:
+    options: ScalingOptions, base: ResolvedConfig, world_size: int
+) -> Iterator[ResolvedConfig]:
     """All layouts that are tried and that training would accept, resolved.
 
     Args:
@@ -219,7 +220,6 @@ def accepted_layouts(
         if world_size % (t * p * c):
             continue
         replicas = world_size // (t * p * c)
-        assert base.training.global_batch_size is not None
         if base.training.global_batch_size % (replicas * b * p):
             continue
         for v, recomputed in itertools.product(LAYER_CHUNKS if p > 1 else (1,), RECOMPUTED):
@@ -270,7 +270,7 @@ def _layout(
     }
 
 
-def _can_overlap(base: RunConfig, pipeline: int, recomputed: str | None) -> bool:
+def _can_overlap(base: ResolvedConfig, pipeline: int, recomputed: str | None) -> bool:
     """Whether reducing during the backward is exact (docs/parallelism.md, Overlaps)."""
     if base.method.jacobi_grad_passes is not None:
         return False
@@ -282,7 +282,7 @@ def _powers_of_two(most: int) -> list[int]:
     return [1 << exponent for exponent in range(most.bit_length())]
 
 
-def _fullest(config: RunConfig, world_size: int) -> StageMemory:
+def _fullest(config: ResolvedConfig, world_size: int) -> StageMemory:
     """Memory of the stage that needs most."""
     num_microbatches = microbatches_per_step(config, world_size)
     most = ALIVE_GROUPS * config.parallel.pipeline_model_parallel_size
@@ -290,7 +290,7 @@ def _fullest(config: RunConfig, world_size: int) -> StageMemory:
     return max(stages, key=lambda stage: stage.total)
 
 
-def predict(options: ScalingOptions, config: RunConfig, world_size: int) -> dict[str, Any]:
+def predict(options: ScalingOptions, config: ResolvedConfig, world_size: int) -> dict[str, Any]:
     """Time, communication and memory of a run on one layout.
 
     Args:
@@ -301,7 +301,6 @@ def predict(options: ScalingOptions, config: RunConfig, world_size: int) -> dict
     plan = largest_plan(config)
     clock = StepClock(options, config, world_size)
     time, memory = clock.time_step(), _fullest(config, world_size)
-    assert config.training.global_batch_size is not None
     tokens_per_s = config.training.global_batch_size * config.data.seq_length / time.total_s
     flops = forward_flops(config.model, plan, config.data.seq_length).training
     sent = stage_traffic(config, plan, world_size, clock.num_microbatches)

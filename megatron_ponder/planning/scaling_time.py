@@ -26,7 +26,7 @@ import statistics
 from collections.abc import Callable
 
 from megatron_ponder.config.layout import data_parallel_size
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.planning.communication import StageTraffic
 from megatron_ponder.planning.report import largest_plan, microbatches_per_step, run_pipeline
 from megatron_ponder.planning.scaling_options import ScalingOptions
@@ -70,7 +70,7 @@ class StepTime:
 class StepClock:
     """Times one layout; the bound is quick, the step is simulated."""
 
-    def __init__(self, options: ScalingOptions, config: RunConfig, world_size: int) -> None:
+    def __init__(self, options: ScalingOptions, config: ResolvedConfig, world_size: int) -> None:
         """For a resolved run."""
         self.options, self.config, self.world_size = options, config, world_size
         parallel, plan = config.parallel, largest_plan(config)
@@ -232,7 +232,7 @@ class StepClock:
         return rate * 1e9 * options.link_efficiency
 
 
-def _with_cheap_recomputation(config: RunConfig, flops: ChunkFlops) -> ChunkFlops:
+def _with_cheap_recomputation(config: ResolvedConfig, flops: ChunkFlops) -> ChunkFlops:
     """Selective recomputation as the FLOPs that would take its time; other work as it is."""
     if config.training.recompute_granularity != "selective":
         return flops

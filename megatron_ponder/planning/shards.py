@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 
 FP32_BYTES = 4
 
@@ -40,15 +40,13 @@ class Shards:
     """Of weights and activations."""
 
 
-def shards_of(config: RunConfig) -> Shards:
+def shards_of(config: ResolvedConfig) -> Shards:
     """This run's sizes on a rank.
 
     Args:
         config: resolved.
     """
     model, parallel = config.model, config.parallel
-    assert model.kv_channels is not None and model.num_query_groups is not None
-    assert model.ffn_hidden_size is not None
     tensor_parallel = parallel.tensor_model_parallel_size
     ffn = model.ffn_hidden_size // tensor_parallel
     is_rotary = model.position_embedding_type == "rope"
@@ -69,7 +67,7 @@ def shards_of(config: RunConfig) -> Shards:
     )
 
 
-def layers_by_stage(config: RunConfig) -> list[list[int]]:
+def layers_by_stage(config: ResolvedConfig) -> list[list[int]]:
     """Layers of each pipeline stage, by layer chunk.
 
     Args:

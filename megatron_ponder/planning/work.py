@@ -6,7 +6,7 @@ share a stage's work equally. A backward is two forwards, and what is recomputed
 
 import dataclasses
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.size import PassFlops, forward_flops
 from megatron_ponder.planning.shards import layers_by_stage
 from megatron_ponder.planning.timeline import Table
@@ -45,7 +45,7 @@ class ChunkFlops:
         return forward, backward
 
 
-def chunk_flops(config: RunConfig, plan: PassPlan) -> ChunkFlops:
+def chunk_flops(config: ResolvedConfig, plan: PassPlan) -> ChunkFlops:
     """Work of every chunk on every stage.
 
     Args:
@@ -80,7 +80,7 @@ def chunk_flops(config: RunConfig, plan: PassPlan) -> ChunkFlops:
     return ChunkFlops(forward=forward, backward=backward, recomputed=recomputed)
 
 
-def _of_layers(config: RunConfig, plan: PassPlan, num_layers: int) -> tuple[PassFlops, ...]:
+def _of_layers(config: ResolvedConfig, plan: PassPlan, num_layers: int) -> tuple[PassFlops, ...]:
     """FLOPs of the passes of a model with so many layers."""
     model = dataclasses.replace(config.model, num_layers=num_layers)
     return forward_flops(model, plan, config.data.seq_length).passes
@@ -92,7 +92,7 @@ def _layer(flops: PassFlops) -> int:
 
 
 def _recomputed(
-    config: RunConfig, plan: PassPlan, chunk: Chunk, by_layer: list[float], whole: float
+    config: ResolvedConfig, plan: PassPlan, chunk: Chunk, by_layer: list[float], whole: float
 ) -> float:
     """What a chunk's backward computes again."""
     training = config.training

@@ -7,7 +7,7 @@ and memory accounting. It holds no tensors and knows no architecture.
 
 import dataclasses
 
-from megatron_ponder.config.schema import TrainingConfig
+from megatron_ponder.config.resolved import ResolvedTrainingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class PassPlan:
         """Whether the backward goes through this pass."""
         return pass_.index >= self.first_grad_pass
 
-    def is_recomputed(self, pass_: Pass, training: TrainingConfig) -> bool:
+    def is_recomputed(self, pass_: Pass, training: ResolvedTrainingConfig) -> bool:
         """Whether the backward computes a whole pass again (--recompute-granularity pass).
 
         The first ones with a gradient are, and never the last: the backward begins with it, so

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import BackendError
 from megatron_ponder.runtime.capabilities import Capabilities, Library, find_capabilities
 
@@ -62,7 +62,7 @@ REFERENCE = Backends(
 """What runs everywhere, for a model that is built and not run."""
 
 
-def choose_backends(config: RunConfig, found: Capabilities) -> Backends:
+def choose_backends(config: ResolvedConfig, found: Capabilities) -> Backends:
     """The backends of a resolved run.
 
     Args:
@@ -101,7 +101,7 @@ def choose_backends(config: RunConfig, found: Capabilities) -> Backends:
     )
 
 
-def _requests_that_fail(config: RunConfig, found: Capabilities) -> Iterator[str]:
+def _requests_that_fail(config: ResolvedConfig, found: Capabilities) -> Iterator[str]:
     """What was asked for by name and is not there, and what would break whatever is asked for."""
     backend, te = config.backend, found.transformer_engine
     if backend.kernels == "triton" and not found.triton.is_usable:
@@ -136,7 +136,7 @@ def _breaks_megatron_core(found: Capabilities) -> bool:
     return is_bare and not found.transformer_engine.is_usable
 
 
-def _attention_that_fails(config: RunConfig, found: Capabilities) -> Iterator[str]:
+def _attention_that_fails(config: ResolvedConfig, found: Capabilities) -> Iterator[str]:
     """Attention by name; over shared sequences it has a setting of its own."""
     wanted = config.backend.attention_backend
     if wanted == "flash":
@@ -161,14 +161,14 @@ def _attention_that_fails(config: RunConfig, found: Capabilities) -> Iterator[st
         )
 
 
-def _wants_ring(config: RunConfig) -> bool:
+def _wants_ring(config: ResolvedConfig) -> bool:
     """Whether TransformerEngine's ring was asked for and there is something to share."""
     parallel = config.parallel
     is_asked = parallel.context_parallel_attention == "transformer_engine"
     return is_asked and parallel.context_parallel_size > 1
 
 
-def _kernels(config: RunConfig, found: Capabilities) -> tuple[Kernels, str]:
+def _kernels(config: ResolvedConfig, found: Capabilities) -> tuple[Kernels, str]:
     wanted = config.backend.kernels
     if wanted != "auto":
         return wanted, "asked for"
@@ -179,7 +179,7 @@ def _kernels(config: RunConfig, found: Capabilities) -> tuple[Kernels, str]:
     return "triton", "a CUDA device, and Triton is installed"
 
 
-def _layers(config: RunConfig) -> tuple[TransformerImpl, str]:
+def _layers(config: ResolvedConfig) -> tuple[TransformerImpl, str]:
     wanted = config.backend.transformer_impl
     if wanted != "auto":
         return wanted, "asked for"
@@ -189,7 +189,7 @@ def _layers(config: RunConfig) -> tuple[TransformerImpl, str]:
 
 
 def _attention(
-    config: RunConfig, found: Capabilities, layers: TransformerImpl
+    config: ResolvedConfig, found: Capabilities, layers: TransformerImpl
 ) -> tuple[Attention, str]:
     wanted, parallel = config.backend.attention_backend, config.parallel
     has_te = found.transformer_engine.is_usable and config.training.bf16
@@ -227,7 +227,7 @@ def _why_not_cudnn(found: Capabilities) -> str:
 
 
 def _weight_gradient(
-    config: RunConfig, found: Capabilities, layers: TransformerImpl
+    config: ResolvedConfig, found: Capabilities, layers: TransformerImpl
 ) -> tuple[WeightGradient, str]:
     if not config.backend.gradient_accumulation_fusion:
         return "none", "not asked for"
@@ -260,7 +260,7 @@ def pin_sdpa(order: tuple[str, ...]) -> None:
         _pinned.enter_context(sdpa_kernel(backends, set_priority=True))
 
 
-def use_backends(config: RunConfig) -> Backends:
+def use_backends(config: ResolvedConfig) -> Backends:
     """Choose, and set what is set for a whole process.
 
     Raises:

@@ -9,7 +9,7 @@ import importlib
 import platform
 from collections.abc import Iterator
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import BackendError
 from megatron_ponder.runtime.backends import choose_backends, describe
 from megatron_ponder.runtime.capabilities import Capabilities, Library
@@ -30,7 +30,7 @@ class DoctorOptions:
     """Print one JSON object instead of text."""
 
 
-def diagnose(config: RunConfig, found: Capabilities) -> dict[str, object]:
+def diagnose(config: ResolvedConfig, found: Capabilities) -> dict[str, object]:
     """Everything, as plain data.
 
     Args:
@@ -116,7 +116,7 @@ def _defaults() -> Iterator[tuple[str, str]]:
             yield what, f"{origin}.{getattr(value, '__name__', name)}"
 
 
-def _warnings(config: RunConfig, found: Capabilities) -> Iterator[str]:
+def _warnings(config: ResolvedConfig, found: Capabilities) -> Iterator[str]:
     """What works and costs, or is not what one might think."""
     if not found.has_cuda:
         yield (

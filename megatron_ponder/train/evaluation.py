@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
 from megatron_ponder.runtime.device import device
 from megatron_ponder.train.step import TrainingState, num_microbatches
@@ -31,7 +31,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    config: RunConfig, training_state: TrainingState, batches: Iterator[Batch]
+    config: ResolvedConfig, training_state: TrainingState, batches: Iterator[Batch]
 ) -> Evaluation:
     """The loss over `eval_iters` global batches.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.writer import save_checkpoint
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import TrainingError
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.train.evaluation import evaluate
@@ -52,7 +52,7 @@ class TrainingData:
 
 
 def train(
-    config: RunConfig,
+    config: ResolvedConfig,
     training_state: TrainingState,
     data: TrainingData,
     progress: Progress,
@@ -107,7 +107,7 @@ def train(
 
 
 def _run_steps(
-    config: RunConfig,
+    config: ResolvedConfig,
     training_state: TrainingState,
     batches: Iterator[Batch],
     num_done: int,
@@ -145,7 +145,7 @@ def _run_steps(
             yield step
 
 
-def _is_awaited(config: RunConfig, iteration: int) -> bool:
+def _is_awaited(config: ResolvedConfig, iteration: int) -> bool:
     """Whether something needs to be done after an iteration before the next one starts."""
     intervals = (
         config.logging.log_interval,
@@ -156,7 +156,7 @@ def _is_awaited(config: RunConfig, iteration: int) -> bool:
 
 
 def _validate(
-    config: RunConfig, training_state: TrainingState, data: TrainingData, reporter: Reporter
+    config: ResolvedConfig, training_state: TrainingState, data: TrainingData, reporter: Reporter
 ) -> None:
     """Evaluate on what there is to validate on."""
     if data.valid is not None:
@@ -167,9 +167,8 @@ def _validate(
         )
 
 
-def _advance(progress: Progress, config: RunConfig, step: StepResult) -> None:
+def _advance(progress: Progress, config: ResolvedConfig, step: StepResult) -> None:
     """Count an iteration."""
-    assert config.training.global_batch_size is not None
     progress.iteration += 1
     progress.consumed_samples += config.training.global_batch_size
     progress.consumed_tokens += step.num_tokens
@@ -199,7 +198,7 @@ def _check_finite(progress: Progress, step: StepResult, num_skipped_in_a_row: in
         )
 
 
-def _save(config: RunConfig, training_state: TrainingState, progress: Progress) -> None:
+def _save(config: ResolvedConfig, training_state: TrainingState, progress: Progress) -> None:
     """Save, where the run saves and has something to save."""
     if config.checkpoint.save is None:
         return

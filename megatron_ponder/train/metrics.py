@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_ponder.checkpoint.progress import Progress
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.training_plan import training_plan
@@ -46,7 +46,7 @@ class Reporter:
     """Gathers iterations and reports them; every rank has one, rank 0's has sinks."""
 
     def __init__(
-        self, config: RunConfig, method: Method, progress: Progress, sinks: Sequence[Sink]
+        self, config: ResolvedConfig, method: Method, progress: Progress, sinks: Sequence[Sink]
     ) -> None:
         """Go on with the window that `progress` carries."""
         self._config = config
@@ -155,7 +155,6 @@ class Reporter:
         plan = training_plan(self._method, num_jacobi_iterations)
         config = self._config
         per_sequence = forward_flops(config.model, plan, config.data.seq_length).training
-        assert config.training.global_batch_size is not None
         return float(per_sequence * config.training.global_batch_size)
 
 
@@ -166,7 +165,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB_PER_GIB
 
 
-def _training_line(record: Record, config: RunConfig) -> str:
+def _training_line(record: Record, config: ResolvedConfig) -> str:
     """A record in Megatron-LM's words, then ours."""
     mfu = f" MFU: {record['mfu']:.1%} |" if record["mfu"] is not None else ""
     return (

@@ -21,6 +21,7 @@ from megatron_ponder.checkpoint.reader import find_checkpoint, load_checkpoint
 from megatron_ponder.checkpoint.writer import prepare_folder
 from megatron_ponder.config.parse import dump_yaml
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.data.datasets import (
     build_datasets,
@@ -102,7 +103,7 @@ def run(config: RunConfig) -> None:
             reporter.close()
 
 
-def build_training_state(config: RunConfig) -> TrainingState:
+def build_training_state(config: ResolvedConfig) -> TrainingState:
     """Model, optimizer and schedule."""
     model = build_parallel_model(config)
     optimizer, scheduler = build_optimizer(config, model.chunks)
@@ -110,7 +111,7 @@ def build_training_state(config: RunConfig) -> TrainingState:
 
 
 def _training_data(
-    config: RunConfig,
+    config: ResolvedConfig,
     datasets: tuple[Any, Any, Any],
     validation_sets: dict[str, Any],
     consumed_samples: int,
@@ -131,10 +132,9 @@ def _training_data(
     )
 
 
-def _reader(config: RunConfig, dataset: Any, consumed_samples: int) -> Batches:
+def _reader(config: ResolvedConfig, dataset: Any, consumed_samples: int) -> Batches:
     """What starts reading `dataset` at a sample."""
     here, vocab_size = ranks(), config.model.vocab_size
-    assert vocab_size is not None
 
     def start() -> Iterator[Batch]:
         yield from build_loader(
@@ -161,7 +161,7 @@ def _device_name() -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads per rank)"
 
 
-def _describe(config: RunConfig, training_state: TrainingState) -> None:
+def _describe(config: ResolvedConfig, training_state: TrainingState) -> None:
     """Log the whole config, and what it comes to."""
     if not is_rank_zero():
         return
@@ -193,7 +193,6 @@ def _describe(config: RunConfig, training_state: TrainingState) -> None:
     method, seq_length = training_state.model.method, config.data.seq_length
     plan = training_plan(method, config.method.num_jacobi_iterations)
     flops = forward_flops(config.model, plan, seq_length).training
-    assert training.global_batch_size is not None
     logger.info(
         "%d passes at R = %d, %.4g training FLOPs per token; %d tokens per iteration",
         len(plan.passes),

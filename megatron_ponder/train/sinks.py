@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import BackendError
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,7 +40,7 @@ class Sink(Protocol):
         """Nothing more will come."""
 
 
-def open_sinks(config: RunConfig, iteration: int) -> list[Sink]:
+def open_sinks(config: ResolvedConfig, iteration: int) -> list[Sink]:
     """The sinks that a run asks for.
 
     Args:
@@ -109,7 +109,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """One W&B run."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         """Start the run; its config is the whole run config."""
         wandb = _import("wandb", needs="wandb", flag="--wandb-project")
         self._run = wandb.init(

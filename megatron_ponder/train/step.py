@@ -17,7 +17,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.optim.adamw import learning_rate
 from megatron_ponder.optim.update import clipped_update, gradient_norm
 from megatron_ponder.parallel.parallel_model import ParallelModel
@@ -85,15 +85,14 @@ class PendingStep:
         )
 
 
-def num_microbatches(config: RunConfig) -> int:
+def num_microbatches(config: ResolvedConfig) -> int:
     """Micro-batches that each data-parallel rank runs per iteration."""
     per_pass = config.training.micro_batch_size * ranks().data_parallel_size
-    assert config.training.global_batch_size is not None
     return config.training.global_batch_size // per_pass
 
 
 def train_step(
-    config: RunConfig,
+    config: ResolvedConfig,
     training_state: TrainingState,
     batches: Iterator[Batch],
     *,

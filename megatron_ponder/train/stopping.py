@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from megatron_ponder.config.schema import TrainingConfig
+from megatron_ponder.config.resolved import ResolvedTrainingConfig
 from megatron_ponder.runtime.distributed import is_rank_zero
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Whether this rank wants to stop. A context: signals are caught inside it."""
 
-    def __init__(self, config: TrainingConfig, start_s: float) -> None:
+    def __init__(self, config: ResolvedTrainingConfig, start_s: float) -> None:
         """Prepare.
 
         Args:

@@ -8,15 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ponder.config.schema import ModelConfig
+from megatron_ponder.config.resolved import ResolvedModelConfig
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines [slots, d_rotated] of a sequence's positions."""
 
 
-def rotary_table(shape: ModelConfig, positions: Tensor) -> Rotary:
+def rotary_table(shape: ResolvedModelConfig, positions: Tensor) -> Rotary:
     """Cosines and sines of position x base^(-2i/d), for the d channels that are rotated."""
-    assert shape.kv_channels is not None
     d = int(shape.rotary_percent * shape.kv_channels)
     exponents = torch.arange(0, d, 2, device=positions.device).float() / d
     angles = positions.float()[:, None] / shape.rotary_base**exponents
@@ -49,9 +48,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 class LlamaLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, shape: ModelConfig) -> None:
+    def __init__(self, shape: ResolvedModelConfig) -> None:
         super().__init__()
-        assert shape.num_query_groups is not None
         self.num_heads, self.num_groups = shape.num_attention_heads, shape.num_query_groups
         h, d, f = widths(shape)
         self.input_layernorm = nn.RMSNorm(h, shape.norm_epsilon)
@@ -89,7 +87,7 @@ class LlamaLayer(nn.Module):
 class GptNeoxLayer(nn.Module):
     """Attention and MLP, both from the layer's input if parallel, else one after the other."""
 
-    def __init__(self, shape: ModelConfig) -> None:
+    def __init__(self, shape: ResolvedModelConfig) -> None:
         super().__init__()
         self.num_heads = shape.num_attention_heads
         self.is_parallel = shape.parallel_residual
@@ -123,7 +121,7 @@ class GptNeoxLayer(nn.Module):
 class Gpt2Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, shape: ModelConfig) -> None:
+    def __init__(self, shape: ResolvedModelConfig) -> None:
         super().__init__()
         self.num_heads = shape.num_attention_heads
         h, d, f = widths(shape)
@@ -157,7 +155,6 @@ class TransposedLinear(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)
 
 
-def widths(shape: ModelConfig) -> tuple[int, int, int]:
+def widths(shape: ResolvedModelConfig) -> tuple[int, int, int]:
     """Widths of the residual stream, of a head and of the MLP."""
-    assert shape.kv_channels is not None and shape.ffn_hidden_size is not None
     return shape.hidden_size, shape.kv_channels, shape.ffn_hidden_size

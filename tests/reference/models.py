@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ponder.config.schema import MethodConfig, ModelConfig, RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
+from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.errors import ConfigError
 from tests.reference.layers import (
     Gpt2Layer,
@@ -26,7 +27,7 @@ from tests.reference.layers import (
 from tests.reference.methods import METHODS, embedding_scale
 
 
-def build_reference(config: RunConfig) -> "ReferenceModel":
+def build_reference(config: ResolvedConfig) -> "ReferenceModel":
     """The plain model of a resolved run, with torch's default initial weights.
 
     Raises:
@@ -76,7 +77,7 @@ class ReferenceModel(nn.Module):
     has_query_groups: ClassVar[bool] = False
     """Whether several heads may share keys and values."""
 
-    def __init__(self, shape: ModelConfig, method: MethodConfig) -> None:
+    def __init__(self, shape: ResolvedModelConfig, method: MethodConfig) -> None:
         super().__init__()
         self.shape = shape
         self.method = method
@@ -151,7 +152,7 @@ class Llama(ReferenceModel):
     head = "lm_head"
     has_query_groups = True
 
-    def __init__(self, shape: ModelConfig, method: MethodConfig) -> None:
+    def __init__(self, shape: ResolvedModelConfig, method: MethodConfig) -> None:
         super().__init__(shape, method)
         v, h = _vocabulary(shape)
         self.model = nn.Module()
@@ -169,7 +170,7 @@ class GptNeox(ReferenceModel):
     final_norm = "gpt_neox.final_layer_norm"
     head = "embed_out"
 
-    def __init__(self, shape: ModelConfig, method: MethodConfig) -> None:
+    def __init__(self, shape: ResolvedModelConfig, method: MethodConfig) -> None:
         super().__init__(shape, method)
         v, h = _vocabulary(shape)
         self.gpt_neox = nn.Module()
@@ -187,10 +188,9 @@ class Gpt2(ReferenceModel):
     final_norm = "transformer.ln_f"
     head = "transformer.wte"
 
-    def __init__(self, shape: ModelConfig, method: MethodConfig) -> None:
+    def __init__(self, shape: ResolvedModelConfig, method: MethodConfig) -> None:
         super().__init__(shape, method)
         v, h = _vocabulary(shape)
-        assert shape.max_position_embeddings is not None
         self.transformer = nn.Module()
         self.transformer.wte = nn.Embedding(v, h)
         self.transformer.wpe = nn.Embedding(shape.max_position_embeddings, h)
@@ -206,9 +206,8 @@ class Gpt2(ReferenceModel):
         return slots
 
 
-def _vocabulary(shape: ModelConfig) -> tuple[int, int]:
+def _vocabulary(shape: ResolvedModelConfig) -> tuple[int, int]:
     """Rows and width of embedding and head."""
-    assert shape.vocab_size is not None
     return shape.vocab_size, shape.hidden_size
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.resolve import resolve, resolve_for_reading
+from megatron_ponder.config.resolve import resolve, resolve_for_inference
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 
@@ -64,7 +64,7 @@ def test_a_model_of_any_run_can_be_read(
     world_size: int, settings: dict[str, Any], num_ranks: int
 ) -> None:
     run = resolved(world_size=world_size, **settings)
-    config = resolve_for_reading(run, num_ranks=num_ranks)
+    config = resolve_for_inference(run, num_ranks=num_ranks)
     assert (config.model, config.method, config.data) == (run.model, run.method, run.data)
     assert config.parallel.tensor_model_parallel_size == num_ranks
     assert config.training.global_batch_size == 1

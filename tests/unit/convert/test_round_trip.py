@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_ponder.checkpoint.reader import locate, read_config
-from megatron_ponder.config.resolve import resolve_for_reading
+from megatron_ponder.config.resolve import resolve_for_inference
 from megatron_ponder.convert.verification import folder_logits, native_logits
 from megatron_ponder.runtime.distributed import running
 from tests.golden.cases import FOLDER, NAMES, load_case
@@ -34,7 +34,7 @@ IDS = torch.randint(101, (2, 20), generator=torch.Generator().manual_seed(3))
 def checkpoint_logits(folder: Path, ids: Tensor) -> Tensor:
     """What our model computes from a checkpoint."""
     checkpoint = locate(folder)
-    config = resolve_for_reading(read_config(checkpoint), num_ranks=1)
+    config = resolve_for_inference(read_config(checkpoint), num_ranks=1)
     with running(config.parallel, seed=1):
         return native_logits(checkpoint, config, ids)
 
