@@ -10,6 +10,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_ponder.checkpoint.state import complete_parameters
@@ -18,6 +19,7 @@ from megatron_ponder.model.build import build_model, build_model_chunks
 from megatron_ponder.model.context_parallel import gather_sequence
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.optim.adamw import build_optimizer
+from megatron_ponder.optim.update import clipped_update, gradient_norm
 from megatron_ponder.parallel.parallel_model import ParallelModel, wrap_data_parallel
 from megatron_ponder.parallel.schedule import add_up_over_ranks, run_microbatches
 from megatron_ponder.ponder.plan import PassPlan
@@ -83,9 +85,7 @@ def measure(
         result.losses.append(run_step(model, config, tokens, plan, loss_mask))
         if step == 0:
             result.gradients = gather_gradients(model)
-        success, grad_norm, _ = optimizer.step()
-        assert success
-        result.grad_norms.append(float(grad_norm))
+        result.grad_norms.append(update(optimizer))
         scheduler.step(increment=1)
     complete_parameters(model.chunks)
     result.weights = gather_weights(model)
@@ -145,6 +145,16 @@ def run_step(
     )
     loss, num_tokens = add_up_over_ranks(totals).tolist()
     return loss / num_tokens
+
+
+def update(optimizer: ChainedOptimizer) -> float:
+    """Clip and step as `train.step.train_step` does; returns the gradient norm before clipping."""
+    optimizer.prepare_grads()
+    grad_norm = gradient_norm(optimizer)
+    is_finite = torch.isfinite(grad_norm)
+    assert is_finite
+    clipped_update(optimizer, grad_norm, is_finite)
+    return grad_norm.item()
 
 
 @torch.no_grad()

@@ -35,14 +35,21 @@ def _draw_twice(path: str) -> list[list[float]]:
     reseed(3, 100)
     third = _draw()
     reseed(3, 100)
-    return [first, second, third, _draw()]
+    fourth = _draw()
+    others = []
+    for seed, iteration in ((3, 101), (4, 100)):
+        reseed(seed, iteration)
+        others.append(_draw())
+    return [first, second, third, fourth, *others]
 
 
 def test_states_are_restored_and_seeds_are_reproducible(tmp_path) -> None:
     first_rank, second_rank = run_ranks(_draw_twice, 2, str(tmp_path))
-    for first, second, third, fourth in (first_rank, second_rank):
+    for first, second, third, fourth, next_iteration, next_seed in (first_rank, second_rank):
         assert first == second
         assert third == fourth
-        assert first != third
+        # Every generator depends on both the seed and the iteration.
+        for others in (first, next_iteration, next_seed):
+            assert not set(third) & set(others)
     # Where tensor-parallel ranks hold different values they draw differently.
     assert first_rank[0][3] != second_rank[0][3]

@@ -160,6 +160,23 @@ def test_a_conversation_longer_than_a_sequence_loses_its_end_and_is_told(
     assert packed[0]["labels"].tolist() == document[1:21]
 
 
+def test_conversations_that_fit_exactly(
+    tmp_path: Path, tokenizer_model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sequence and its last label take seq_length + 1 ids: one conversation, or two of half."""
+    prefix = write(tmp_path, tokenizer_model, [{"prompt": "bak", "response": "dom gel"}] * 2)
+    document, same = corpora.read_documents(prefix)
+    assert document == same
+    for copies in (1, 2):
+        ids = document * copies
+        packed = dataset(prefix, 2, seq_length=len(ids) - 1)
+        assert len(packed) == 2 // copies
+        for index in range(len(packed)):
+            sample = packed[index]
+            assert [*sample["tokens"].tolist(), int(sample["labels"][-1])] == ids
+    assert "lose their end" not in caplog.text
+
+
 def test_a_mask_of_other_conversations_is_refused(tmp_path: Path, tokenizer_model: str) -> None:
     for name, records in (("a", CONVERSATIONS), ("b", CONVERSATIONS[:1])):
         (tmp_path / name).mkdir()

@@ -91,6 +91,15 @@ def test_blends(folder: Path, blend: str, share: float) -> None:
     assert sum(is_low) / 80 == pytest.approx(share, abs=0.02)
 
 
+def test_a_blend_without_weights_goes_by_tokens_not_by_documents(tmp_path: Path) -> None:
+    """30 documents of 3 tokens and an end, and 10 of 23: 120 tokens and 240."""
+    short = corpora.write_ids(tmp_path / "short", [[1, 1, 1]] * 30)
+    long = corpora.write_ids(tmp_path / "long", [[51] * 23] * 10)
+    train, _, _ = sequences((90, 0, 0), data_path=(short, long), split="1,0,0")
+    assert train
+    assert sum(51 in sequence for sequence in train[:90]) == pytest.approx(60, abs=1)
+
+
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     few = corpora.write_ids(tmp_path / "few", [[1] * 20, [2] * 20])
     for settings, message in (

@@ -82,6 +82,10 @@ def test_verification(prefix: str, tokenizer_model: str, tmp_path: Path) -> None
     data.write_bytes(content)
     with pytest.raises(DataError, match="the vocabulary ends at 9"):
         inspect(prefix, verify=True, vocab_size=10)
+    largest = inspect(prefix, verify=True)["verified"]["largest_id"]
+    with pytest.raises(DataError, match=f"the vocabulary ends at {largest - 1}"):
+        inspect(prefix, verify=True, vocab_size=largest)
+    assert inspect(prefix, verify=True, vocab_size=largest + 1)
     with pytest.raises(DataError, match="another tokenizer"):
         inspect(prefix, verify=True, tokenizer_type="NullTokenizer", vocab_size=320)
     Path(tmp_path / "my_data.manifest.json").write_text("{")

@@ -77,15 +77,12 @@ def test_an_incomplete_micro_batch_is_not_read() -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
-    loader = build_loader(
-        Numbers(8),
-        micro_batch_size=4,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        consumed_samples=0,
-        num_workers=0,
-        vocab_size=6,
-    )
-    assert next(loader)["tokens"].shape == (4, 1)
-    with pytest.raises(DataError, match="token ids from 4 to 7"):
-        next(loader)
+    """The id that equals the vocabulary size is the first of them."""
+    settings = {"micro_batch_size": 4, "data_parallel_rank": 0, "data_parallel_size": 1}
+    settings |= {"consumed_samples": 0, "num_workers": 0}
+    for vocab_size in (6, 7):
+        loader = build_loader(Numbers(8), vocab_size=vocab_size, **settings)
+        assert next(loader)["tokens"].shape == (4, 1)
+        with pytest.raises(DataError, match=f"from 4 to 7, .* ends at {vocab_size - 1}"):
+            next(loader)
+    assert len(list(build_loader(Numbers(8), vocab_size=8, **settings))) == 2

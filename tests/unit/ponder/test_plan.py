@@ -77,6 +77,14 @@ def test_passes_of_the_other_methods(k, r):
     assert flags(thinking, "mixes_embeddings") == [True] * (len(thinking.passes) - 1) + [False]
 
 
+def test_the_last_passes_have_a_gradient():
+    plan = ponderlm2(2).plan(1)  # 4 passes
+    for num_passes, first in ((None, 0), (1, 3), (3, 1), (4, 0), (5, 0), (9, 0)):
+        with_grad = plan.with_grad_passes(num_passes)
+        assert with_grad.first_grad_pass == first and with_grad.passes == plan.passes
+        assert [with_grad.has_grad(p) for p in plan.passes] == [i >= first for i in range(4)]
+
+
 def test_what_travels_beside_the_slots():
     chunks = cut_into_chunks(load("ponderlm", 1, ponderlm_feedback="hidden").plan(0), 2)
     assert [c.sent_per_token for c in chunks] == [2, 2, 1, 1]
