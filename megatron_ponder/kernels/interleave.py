@@ -1,7 +1,9 @@
 """Token embeddings and thoughts in one buffer of slots, and the way back.
 
-The references and the dispatch; `ponder.interleave` is what methods call. With n slots per token,
-s tokens, and rows E of the vocabulary from `first_row` on:
+The two reshapes that every method is made of, and the embedding lookup joined with them. All slots
+of a token lie together, so they act on a contiguous or zig-zag shard of the tokens as on the whole
+sequence, without communication. With n slots per token, s tokens, and rows E of the vocabulary from
+`first_row` on:
 
     gather       out[t * n]     = scale * E[id_t - first_row]        0 if another rank has the row
     interleave   out[t * n]     = e_t
@@ -13,10 +15,10 @@ s tokens, and rows E of the vocabulary from `first_row` on:
                  dthoughts[..]  = dout at the thoughts' slots
                  dhidden        = dout at the slots kept, 0 at the others
 
-The product with the scale is rounded once to the weight's dtype. `embed_and_interleave` does all
-of it in one pass over memory. A forward with several passes looks its tokens up once all the same
-(with no thoughts, n = 1) and calls `interleave` in each pass: reading the embeddings costs as much
-as reading the table, and the table's gradient is then summed once, not in each pass.
+The scaled embedding is rounded once to the weight's dtype. `embed_and_interleave` is one pass over
+memory. A forward with several passes still looks its tokens up only once (without thoughts, n = 1)
+and calls `interleave` in each pass: reading embeddings costs as much as reading the table, and the
+table's gradient is then summed once instead of once per pass.
 """
 
 import torch
@@ -68,19 +70,19 @@ def interleave(token_embeddings: Tensor, thoughts: Tensor | None) -> Tensor:
         return kernel.interleave(token_embeddings, thoughts)
     s, b, h = token_embeddings.shape
     # [s*(n-1), b, h] -> [s, n-1, b, h]; joined [s, n, b, h] -> [s*n, b, h]
-    stages = thoughts.view(s, -1, b, h)
-    return torch.cat((token_embeddings.unsqueeze(1), stages), dim=1).view(-1, b, h)
+    by_token = thoughts.view(s, -1, b, h)
+    return torch.cat((token_embeddings.unsqueeze(1), by_token), dim=1).view(-1, b, h)
 
 
-def select_slots(hidden: Tensor, slots_per_token: int, stages: range) -> Tensor:
-    """Consecutive stages of [s * n, b, h]: [s * m, b, h]; `hidden` itself where all are kept."""
-    if len(stages) == slots_per_token:
+def select_slots(hidden: Tensor, slots_per_token: int, slots: range) -> Tensor:
+    """Keep m consecutive slots of every token: [s * n, b, h] -> [s * m, b, h]."""
+    if len(slots) == slots_per_token:
         return hidden
     if uses_triton():
         from megatron_ponder.kernels.triton import interleave as kernel
 
-        return kernel.select_slots(hidden, slots_per_token, stages)
+        return kernel.select_slots(hidden, slots_per_token, slots)
     _, b, h = hidden.shape
     # [s*n, b, h] -> [s, m, b, h] -> [s*m, b, h]
-    kept = hidden.view(-1, slots_per_token, b, h)[:, stages.start : stages.stop]
+    kept = hidden.view(-1, slots_per_token, b, h)[:, slots.start : slots.stop]
     return kept.reshape(-1, b, h)

@@ -1,4 +1,4 @@
-"""The residual stream: adding branches to it, and norms of it whose backward knows of it.
+"""Residual adds fused with norms, and norms whose backward adds the residual gradient.
 
     add_branches            t = x + sum over branches of (y + c)
     norm_beside_residual    x itself, and n_i = norm_i(x) for one norm or two of the same kind
@@ -33,16 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.kernels.dispatch import uses_triton
+from megatron_ponder.kernels.operands import Branch, NormParameters
 from megatron_ponder.kernels.rms_norm import rms_norm
-
-Branch = tuple[Tensor, Tensor | None]
-"""[s, b, h], and a bias [h] or None."""
-Parameters = tuple[Tensor, Tensor | None]
-"""A norm's weight and bias, [h] each; no bias: RMSNorm, else LayerNorm."""
 
 
 def add_branches(residual: Tensor, *branches: Branch) -> Tensor:
-    """The stream behind one branch, or two that both read it: [s, b, h]."""
+    """Residual stream plus one branch, or plus two parallel ones: [s, b, h]."""
     if uses_triton() and (len(branches) > 1 or branches[0][1] is not None):
         from megatron_ponder.kernels.triton import residual as kernel
 
@@ -52,8 +48,8 @@ def add_branches(residual: Tensor, *branches: Branch) -> Tensor:
     return residual
 
 
-def norm_beside_residual(hidden: Tensor, *norms: Parameters, eps: float) -> tuple[Tensor, ...]:
-    """The stream, for the residual path, and one norm of it or two.
+def norm_beside_residual(hidden: Tensor, *norms: NormParameters, eps: float) -> tuple[Tensor, ...]:
+    """Residual stream, and one or two norms of it.
 
     Args:
         hidden: [s, b, h].
@@ -61,7 +57,8 @@ def norm_beside_residual(hidden: Tensor, *norms: Parameters, eps: float) -> tupl
         eps: added to the mean of squares.
 
     Returns:
-        `hidden`, to be used in its place, and the normed, all [s, b, h].
+        The residual stream (use it in place of `hidden`, so that its gradient is added in the
+        norms' backward), then the normed tensors, all [s, b, h].
     """
     if uses_triton():
         from megatron_ponder.kernels.triton import norm
@@ -71,9 +68,9 @@ def norm_beside_residual(hidden: Tensor, *norms: Parameters, eps: float) -> tupl
 
 
 def add_and_norm(
-    residual: Tensor, branch: Branch, norm: Parameters, *, eps: float
+    residual: Tensor, branch: Branch, norm: NormParameters, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The stream behind a branch, and the norm of it, both [s, b, h]."""
+    """Residual stream plus a branch, and the norm of the sum, both [s, b, h]."""
     if uses_triton():
         from megatron_ponder.kernels.triton import norm as kernel
 
@@ -82,7 +79,7 @@ def add_and_norm(
     return total, _norm(total, norm, eps)
 
 
-def _norm(x: Tensor, parameters: Parameters, eps: float) -> Tensor:
+def _norm(x: Tensor, parameters: NormParameters, eps: float) -> Tensor:
     weight, bias = parameters
     if bias is None:
         return rms_norm(x, weight, eps)

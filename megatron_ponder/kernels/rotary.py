@@ -11,8 +11,8 @@ slices and concatenations it copies each query and key about six times.
 
 With Triton the rotation happens in the projection's output, and queries, keys and values are views
 of it: of q + k + v elements the rotated ones of q + k are read and written once, forward, and all
-are read and written once, backward. The table then has a row per token in fp32, which all stages
-read; in torch it has a row per slot, in the run's dtype.
+are read and written once, backward. The table then has a row per token in fp32, which all its
+slots read; in torch it has a row per slot, in the run's dtype.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Attention over the interleaved slots: plain causal, on torch's scaled_dot_product_attention.
 
 megatron-core's own unfused core attention materialises the score matrix and draws dropout from the
-CUDA generator. This one runs on every device and lets torch choose the kernel. Nothing here knows
-of stages or thoughts; what slots of a token share is in the rotary table.
+CUDA generator. This one runs on every device and lets torch choose the kernel. Nothing here
+depends on thoughts; what the slots of a token share is in the rotary table.
 
 Under context parallelism a rank has the queries of two chunks of the sequence and gathers the keys
 and values of all; each chunk attends to what lies before it. During generation a cache
@@ -27,8 +27,9 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from megatron_ponder.kernels.rotary import split_and_rotate
 from megatron_ponder.model.cache import KeyValueCache
 from megatron_ponder.model.context_parallel import chunks_of, gather_sequence
-from megatron_ponder.model.output_slots import keep_slots
-from megatron_ponder.model.selective_recompute import made_again
+from megatron_ponder.model.output_slots import select_outputs
+from megatron_ponder.model.selective_recompute import recomputable
+from megatron_ponder.ponder.plan import Pass
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -56,7 +57,7 @@ class SdpaCoreAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.layer_number = layer_number
         self.cache: KeyValueCache | None = None
-        """Of the generation that is going on."""
+        """Keys and values of earlier slots, during generation."""
 
     def forward(
         self,
@@ -108,7 +109,7 @@ class SdpaCoreAttention(torch.nn.Module):
         mask [b, 1, q, k] says which keys each query sees.
         """
         s, b, heads, d = query.shape
-        # The last slot sees everything and needs no mask.
+        # A single query at the end attends to every key and needs no mask.
         if mask is None and 1 < s < key.size(0):
             mask = causal_lower_right(s, key.size(0))
         # [s, b, heads, d] -> [b, heads, s, d], a view
@@ -127,7 +128,7 @@ class SdpaCoreAttention(torch.nn.Module):
                 scale=self.softmax_scale,
                 enable_gqa=key.size(1) < heads,
             )
-        return made_again(_slots_first, context)
+        return recomputable(_slots_first, context)
 
 
 def _slots_first(context: Tensor) -> Tensor:
@@ -159,23 +160,20 @@ class RotarySelfAttention(SelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        rotary_pos_emb: Tensor | None = None,
-        **unused: object,
+        outputs_of: Pass | None,
+        rotary_pos_emb: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend and project.
 
         Args:
             hidden_states: [slots, b, h] (this rank's slots under sequence parallelism).
-            attention_mask: which stages are read (`model.output_slots.kept_slots`); None: all.
+            outputs_of: the pass at whose output slots to project; None: at all slots.
             rotary_pos_emb: from `kernels.rotary.rotary_table`; None without rotary positions.
-            unused: what megatron-core's layer passes for its own forward; all None.
 
         Returns:
-            [slots, b, h], or of the slots that are read; and the bias that the caller adds (None
-            without biases).
+            [slots, b, h], or [output slots, b, h]; and the bias that the caller adds (None without
+            biases).
         """
-        assert all(value is None for value in unused.values()), unused
         if rotary_pos_emb is None:
             query, key, value = self.get_query_key_value_tensors(hidden_states)
         else:
@@ -188,7 +186,7 @@ class RotarySelfAttention(SelfAttention):
         context = self.core_attention(
             query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.causal
         )
-        return self.linear_proj(keep_slots(context, attention_mask))
+        return self.linear_proj(select_outputs(context, outputs_of))
 
     def _norm_heads(self, mixed: Tensor) -> Tensor:
         """Queries and keys normed, each head by itself: [slots, b, groups, (n + 2) * d], both."""

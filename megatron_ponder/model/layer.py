@@ -1,11 +1,8 @@
-"""Transformer layers whose last one works for the slots that are read, and no others.
+"""Transformer layers; the model's last one computes the output slots of the pass, and no others.
 
-megatron-core's block hands the same arguments to all its layers and keeps them through
-recomputation if they are tensors. So which stages are read travels as a tensor of three numbers, in
-the place of the attention mask, which causal attention does not need.
-
-Residual adds and norms are called together where no dropout comes between them, so that kernels can
-join them (`kernels.residual`).
+Slots that are not output slots serve the last layer as keys and values only. Residual adds and
+norms are called together where no dropout comes between them, so that kernels can fuse them
+(`kernels.residual`).
 """
 
 import functools
@@ -17,17 +14,17 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ponder.kernels.residual import Branch, add_branches
-from megatron_ponder.model.norm import add_and_norm, norm_beside_residual, norm_kept
-from megatron_ponder.model.output_slots import keep_slots
-from megatron_ponder.model.selective_recompute import made_again, remembering_how
+from megatron_ponder.model.norm import add_and_norm, norm_beside_residual, norm_output_slots
+from megatron_ponder.model.output_slots import select_outputs
+from megatron_ponder.model.selective_recompute import recomputable, selective_recompute
+from megatron_ponder.ponder.plan import Pass
 
 
 class SequentialResidualLayer(TransformerLayer):
     """Llama's and GPT-2's layer: y = x + attention(norm1(x)), then y + mlp(norm2(y)).
 
-    megatron-core's layer computes the same. This one leaves out, in the last layer of the model,
-    the work for slots that nobody reads: they are needed as keys and values only. Without dropout
-    no mask is drawn, as torch's dropout does at probability 0 too, which costs more than the add.
+    megatron-core's layer computes the same for all slots. Without dropout this one draws no mask;
+    torch's dropout draws one even at probability 0, at a higher cost than the add.
     """
 
     def forward(
@@ -35,31 +32,35 @@ class SequentialResidualLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Pass | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """Run the layer.
 
         Args:
             hidden_states: [slots, b, h].
-            attention_mask: which stages are read, from `kept_slots`; None: all.
+            attention_mask: None; attention is causal.
             rotary_pos_emb: from `kernels.rotary.rotary_table`.
-            unused: what megatron-core's block passes besides.
+            packed_seq_params: the pass that runs (`model.output_slots` says why here); None: every
+                slot is an output slot.
+            unused: the block's other arguments.
 
         Returns:
-            [slots, b, h], or in the last layer [slots that are read, b, h]; and None, as
-            megatron-core expects.
+            [slots, b, h], or in the last layer [output slots, b, h]; and None, as megatron-core
+            expects.
         """
         is_selective = self.training and self.config.recompute_granularity == "selective"
-        with remembering_how(is_on=is_selective):
-            return self._run(hidden_states, self._kept(attention_mask), rotary_pos_emb), None
+        outputs_of = self._outputs_of(packed_seq_params)
+        with selective_recompute(is_on=is_selective):
+            return self._run(hidden_states, outputs_of, rotary_pos_emb), None
 
     def _run(
-        self, hidden_states: Tensor, kept: Tensor | None, rotary_pos_emb: Tensor | None
+        self, hidden_states: Tensor, outputs_of: Pass | None, rotary_pos_emb: Tensor | None
     ) -> Tensor:
-        """The layer's output."""
+        """The layer's output, at the output slots of a pass or at all slots."""
         residual, normed = norm_beside_residual(hidden_states, self.input_layernorm)
-        attention = self.self_attention(normed, kept, rotary_pos_emb=rotary_pos_emb)
-        residual = keep_slots(residual, kept)
+        attention = self.self_attention(normed, outputs_of, rotary_pos_emb)
+        residual = select_outputs(residual, outputs_of)
         if self._has_dropout:
             residual = self._add(residual, attention)
             residual, normed = norm_beside_residual(residual, self.pre_mlp_layernorm)
@@ -67,13 +68,16 @@ class SequentialResidualLayer(TransformerLayer):
             residual, normed = add_and_norm(residual, attention, self.pre_mlp_layernorm)
         return self._add(residual, self.mlp(normed))
 
-    def _kept(self, stages: Tensor | None) -> Tensor | None:
-        """The stages to keep in this layer: all but in the model's last."""
-        return stages if self.layer_number == self.config.num_layers else None
+    def _outputs_of(self, pass_: Pass | None) -> Pass | None:
+        """The pass, if this layer leaves out slots of it; None if it computes all slots."""
+        is_last = self.layer_number == self.config.num_layers
+        if not is_last or pass_ is None or pass_.outputs_per_token == pass_.slots_per_token:
+            return None
+        return pass_
 
     @property
     def _has_dropout(self) -> bool:
-        """Whether branches are dropped from before they are added."""
+        """Whether dropout acts on branches before they are added."""
         return self.training and self.hidden_dropout > 0
 
     def _add(self, residual: Tensor, *branches: Branch) -> Tensor:
@@ -89,19 +93,21 @@ class SequentialResidualLayer(TransformerLayer):
 class ParallelResidualLayer(SequentialResidualLayer):
     """GPT-NeoX's layer: y = x + attention(norm1(x)) + mlp(norm2(x)).
 
-    Both branches read x, each with its own norm; with fused layers (TransformerEngine) the norms
-    are inside the branches' first linear layer and the norm modules here are the identity.
+    Each branch has its own norm of x. In TransformerEngine's layers the norms are inside the first
+    linear layer of each branch, and the norm modules here are the identity.
     """
 
     def _run(
-        self, hidden_states: Tensor, kept: Tensor | None, rotary_pos_emb: Tensor | None
+        self, hidden_states: Tensor, outputs_of: Pass | None, rotary_pos_emb: Tensor | None
     ) -> Tensor:
         norms: list[torch.nn.Module] = [self.input_layernorm, self.pre_mlp_layernorm]
-        if kept is None:
+        if outputs_of is None:
             residual, for_attention, for_mlp = norm_beside_residual(hidden_states, *norms)
         else:
             whole, for_attention = norm_beside_residual(hidden_states, norms[0])
-            residual = keep_slots(whole, kept)
-            for_mlp = made_again(functools.partial(norm_kept, norms[1], kept=kept), whole)
-        attention = self.self_attention(for_attention, kept, rotary_pos_emb=rotary_pos_emb)
+            residual = select_outputs(whole, outputs_of)
+            for_mlp = recomputable(
+                functools.partial(norm_output_slots, norms[1], outputs_of), whole
+            )
+        attention = self.self_attention(for_attention, outputs_of, rotary_pos_emb)
         return self._add(residual, attention, self.mlp(for_mlp))

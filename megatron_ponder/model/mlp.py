@@ -13,13 +13,13 @@ from torch import Tensor
 from megatron_ponder.kernels.dispatch import uses_triton
 from megatron_ponder.kernels.gelu import gelu
 from megatron_ponder.kernels.swiglu import swiglu
-from megatron_ponder.model.selective_recompute import made_again
+from megatron_ponder.model.selective_recompute import recomputable
 
 
 class SwigluMLP(MLP):
     """megatron-core's MLP, down(silu(gate(x)) * up(x)).
 
-    megatron-core computes gate and up as one product, [.., 2f], and composes the activation of
+    megatron-core computes gate and up in one matmul, [.., 2f], and composes the activation from
     chunks, which keeps twice as many activations for the backward.
     """
 
@@ -30,7 +30,7 @@ class SwigluMLP(MLP):
         assert not any(unused) and not any(more.values()), (unused, more)
         gate_and_up, bias = self.linear_fc1(hidden_states)
         gate_and_up = gate_and_up if bias is None else gate_and_up + bias
-        return self.linear_fc2(made_again(swiglu, gate_and_up))
+        return self.linear_fc2(recomputable(swiglu, gate_and_up))
 
 
 class GeluMLP(MLP):
@@ -45,10 +45,10 @@ class GeluMLP(MLP):
         assert not any(unused) and not any(more.values()), (unused, more)
         up, bias = self.linear_fc1(hidden_states)
         if bias is not None and not uses_triton():
-            # What torch keeps of the activation is the sum, so that is what it is made again from.
+            # torch keeps the sum for the activation's backward; recompute starts from it too.
             up, bias = up + bias, None
         activate = functools.partial(gelu, bias=bias, is_tanh=self.is_tanh)
-        return self.linear_fc2(made_again(activate, up))
+        return self.linear_fc2(recomputable(activate, up))
 
 
 class TanhGeluMLP(GeluMLP):

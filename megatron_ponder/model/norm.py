@@ -1,11 +1,11 @@
-"""RMSNorm and LayerNorm for megatron-core layers, alone or joined with what is around them.
+"""RMSNorm and LayerNorm for megatron-core layers, alone or fused with their neighbours.
 
 megatron-core's torch norm refuses sequence parallelism. Under it each rank norms its own slots, so
-a norm's gradient is a partial sum, and its parameters must say so: megatron-core adds up the
-gradients of parameters that carry `sequence_parallel = True` over the tensor-parallel ranks.
+the gradient of a norm's parameters is a partial sum. megatron-core reduces the gradients of
+parameters with `sequence_parallel = True` over the tensor-parallel ranks, so ours carry that mark.
 
-A kernel that does more than to norm takes parameters, not modules. They are still handed out by a
-call of the module: megatron-core waits in a hook of calls for parameters that it gathers.
+The functions below fuse a norm where it is one of ours. TransformerEngine's layers norm inside
+their linear modules and have the identity in its place, which the functions call as it is.
 """
 
 import functools
@@ -15,95 +15,95 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ponder.kernels import residual as kernels
+from megatron_ponder.kernels.operands import Branch, NormParameters
 from megatron_ponder.kernels.rms_norm import rms_norm
 from megatron_ponder.kernels.slot_norm import norm_slots
-from megatron_ponder.model.output_slots import keep_slots, slots_of
-from megatron_ponder.model.selective_recompute import note_how
+from megatron_ponder.model.output_slots import select_outputs
+from megatron_ponder.model.selective_recompute import mark_recomputable
+from megatron_ponder.ponder.plan import Pass
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's module on this package's kernels."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor | None = None
-    ) -> Tensor | kernels.Parameters:
-        """[..., h] -> [..., h]; without a tensor the parameters, weight and no bias."""
-        if x is None:
-            return self.weight, None
-        assert self.eps is not None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
         return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """The same for torch's LayerNorm."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor | None = None
-    ) -> Tensor | kernels.Parameters:
-        """As RMSNorm's, with a bias."""
-        return (self.weight, self.bias) if x is None else super().forward(x)
+    """torch's module, under a name that tells it from others."""
 
 
-def norm_kept(norm: torch.nn.Module, hidden: Tensor, kept: Tensor | None) -> Tensor:
-    """The norm of the stages that are kept, all where `kept` is None.
+OurNorm = RMSNorm | LayerNorm
 
-    Fused for our norms. TransformerEngine's layers have theirs inside and the identity here.
+
+def parameters_of(norm: OurNorm) -> NormParameters:
+    """The weight and bias of a norm, for a kernel that does more than the norm.
+
+    Runs the hooks that run before a call of the module: with `--overlap-param-gather` that is where
+    megatron-core waits for the module's parameters. Reading the attributes alone would use them
+    before they are gathered.
     """
-    if kept is None or not isinstance(norm, RMSNorm | LayerNorm):
-        return norm(keep_slots(hidden, kept))
-    weight, bias = norm()
-    is_layer_norm = isinstance(norm, LayerNorm)
+    for hook in norm._forward_pre_hooks.values():
+        hook(norm, ())
+    return norm.weight, norm.bias if isinstance(norm, LayerNorm) else None
+
+
+def norm_output_slots(norm: torch.nn.Module, pass_: Pass, hidden: Tensor) -> Tensor:
+    """Norm the output slots of a pass: [s * slots_per_token, b, h] -> [s * outputs, b, h]."""
+    if not isinstance(norm, OurNorm):
+        return norm(select_outputs(hidden, pass_))
+    weight, bias = parameters_of(norm)
     return norm_slots(
-        hidden, *slots_of(kept), weight, bias, _eps(norm), is_layer_norm=is_layer_norm
+        hidden,
+        pass_.slots_per_token,
+        pass_.output_slots,
+        weight,
+        bias,
+        norm.eps,
+        is_layer_norm=isinstance(norm, LayerNorm),
     )
 
 
 def norm_beside_residual(hidden: Tensor, *norms: torch.nn.Module) -> tuple[Tensor, ...]:
-    """The stream for the residual path, and its norms, fused for ours: all [s, b, h]."""
-    if not all(isinstance(norm, RMSNorm | LayerNorm) for norm in norms):
+    """The residual stream and one or two norms of it, all [s, b, h]."""
+    ours = [norm for norm in norms if isinstance(norm, OurNorm)]
+    if len(ours) < len(norms):
         return hidden, *(norm(hidden) for norm in norms)
-    parameters, eps = [norm() for norm in norms], _eps(norms[0])
+    parameters, eps = [parameters_of(norm) for norm in ours], ours[0].eps
     residual, *normed = kernels.norm_beside_residual(hidden, *parameters, eps=eps)
     for output, of_norm in zip(normed, parameters, strict=True):
-        note_how(output, functools.partial(_normed, of_norm, eps), residual)
+        mark_recomputable(output, functools.partial(_norm, of_norm, eps), residual)
     return residual, *normed
 
 
-def add_and_norm(
-    residual: Tensor, branch: kernels.Branch, norm: torch.nn.Module
-) -> tuple[Tensor, Tensor]:
-    """The stream behind a branch, and its norm, fused for ours: both [s, b, h]."""
-    if not isinstance(norm, RMSNorm | LayerNorm):
+def add_and_norm(residual: Tensor, branch: Branch, norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """The residual stream plus a branch, and the norm of the sum, both [s, b, h]."""
+    if not isinstance(norm, OurNorm):
         total = kernels.add_branches(residual, branch)
         return total, norm(total)
-    parameters, eps = norm(), _eps(norm)
-    total, normed = kernels.add_and_norm(residual, branch, parameters, eps=eps)
-    note_how(normed, functools.partial(_normed, parameters, eps), total)
+    parameters = parameters_of(norm)
+    total, normed = kernels.add_and_norm(residual, branch, parameters, eps=norm.eps)
+    mark_recomputable(normed, functools.partial(_norm, parameters, norm.eps), total)
     return total, normed
 
 
-def _normed(parameters: kernels.Parameters, eps: float, x: Tensor) -> Tensor:
-    """The norm alone, as both kernels compute it."""
+def _norm(parameters: NormParameters, eps: float, x: Tensor) -> Tensor:
+    """The norm alone, in the bits of both fused kernels."""
     return kernels.norm_beside_residual(x, parameters, eps=eps)[1]
 
 
-def _eps(norm: torch.nn.Module) -> float:
-    eps = norm.eps
-    assert isinstance(eps, float)
-    return eps
-
-
 class Norm:
-    """Builds the norm that the config names; what megatron-core calls with its norm arguments."""
+    """Builds the norm that the config names; megatron-core calls it with its norm arguments."""
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
-    ) -> torch.nn.Module:
+    ) -> OurNorm:
         """A norm over the last dim; parameters of shape [hidden_size] in config.params_dtype."""
-        kinds: dict[str, type[torch.nn.Module]] = {
-            "RMSNorm": RMSNorm,
-            "LayerNorm": LayerNorm,
-        }
+        kinds: dict[str, type[OurNorm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
         norm = kinds[config.normalization](
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )

@@ -1,28 +1,19 @@
-"""Which stages of an interleaved sequence somebody reads, in the form in which layers are told."""
+"""The output slots of a pass, and how the layers learn of them.
 
-import torch
+The model's last layer computes only the slots whose outputs the pass uses. megatron-core's block
+hands a fixed set of arguments to its layers. Of those, `packed_seq_params` is the one that may be
+any object, that the block itself never looks at, and that its recompute keeps as it is (0.16 to
+0.19); so the pass travels in it. `layer.py` unpacks it, once.
+"""
+
 from torch import Tensor
 
-from megatron_ponder.ponder.interleave import select_slots
+from megatron_ponder.kernels.interleave import select_slots
 from megatron_ponder.ponder.plan import Pass
 
 
-def kept_slots(pass_: Pass) -> Tensor | None:
-    """Stages, first and end of those read, int64 [3] on the CPU; None where all are read."""
-    read = pass_.output_slots
-    if pass_.outputs_per_token == pass_.slots_per_token:
-        return None
-    return torch.tensor((pass_.slots_per_token, read.start, read.stop), device="cpu")
-
-
-def keep_slots(hidden: Tensor, kept: Tensor | None) -> Tensor:
-    """[s * stages, b, h] -> [s * kept stages, b, h]; all of it where `kept` is None."""
-    if kept is None:
+def select_outputs(hidden: Tensor, pass_: Pass | None) -> Tensor:
+    """[s * slots_per_token, b, h] -> [s * outputs_per_token, b, h]; without a pass `hidden`."""
+    if pass_ is None:
         return hidden
-    return select_slots(hidden, *slots_of(kept))
-
-
-def slots_of(kept: Tensor) -> tuple[int, range]:
-    """Slots per token, and which of them are read."""
-    slots_per_token, first, end = kept.tolist()
-    return slots_per_token, range(first, end)
+    return select_slots(hidden, pass_.slots_per_token, pass_.output_slots)

@@ -40,7 +40,6 @@ from megatron_ponder.model.embedding_copy import EmbeddingCopy, mark_as_replicat
 from megatron_ponder.model.mixture import mix_embeddings
 from megatron_ponder.model.norm import Norm
 from megatron_ponder.model.output_layer import OutputLayer
-from megatron_ponder.model.output_slots import kept_slots
 from megatron_ponder.model.padded_vocab import mask_padded_columns
 from megatron_ponder.model.rotary_frequencies import build_rotary_embedding
 from megatron_ponder.ponder.method import Method
@@ -343,7 +342,9 @@ class PonderGPTModel(LanguageModule):
             rotary = self.rotary_of(num_tokens, pass_.slots_per_token, hidden.dtype)
         if not self.pre_process:  # a block without the embedding reads its input from here
             self.decoder.set_input_tensor(hidden)
-        return self.decoder(hidden, attention_mask=kept_slots(pass_), rotary_pos_emb=rotary)
+        return self.decoder(
+            hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=pass_
+        )
 
     def rotary_of(self, num_tokens: int, slots_per_token: int, dtype: torch.dtype) -> Tensor:
         """The table of `kernels.rotary` for a text (this rank's shard of it)."""

@@ -1,15 +1,15 @@
-"""Selective recomputation: activations that are cheap to make again are not kept.
+"""Selective recompute: activations that are cheap to compute again are not kept.
 
-A layer keeps the input of every linear module for the module's weight gradient. Three kinds of
-these inputs cost a few passes over memory and no product to make again from what is kept anyway:
-outputs of norms, of the MLP's activation, and attention's output in the projection's layout. With
-`--recompute-granularity selective` autograd keeps in their place a note of how they were made, and
-makes them again when a backward asks for them; which is exact to the bit, and needs no second
+A layer keeps the input of every linear module for its weight gradient. Three kinds of these inputs
+can be recomputed from other kept tensors in a few passes over memory, without a matmul: outputs of
+norms, of the MLP's activation, and attention's output in the order of dims that the projection
+needs. With `--recompute-granularity selective` autograd keeps a recipe in place of each, and
+recomputes it when a backward asks for it. The result is exact to the bit and needs no second
 forward of the layer. `planning.activations` counts what is left.
 
-A layer opens `remembering_how`; inside, whoever makes such a tensor calls `made_again`, or
-`note_how` where the tensor comes out of a kernel that makes others too. Left out:
-layers of TransformerEngine, which keep their inputs by themselves.
+A layer opens `selective_recompute`; code inside it calls `recomputable`, or `mark_recomputable` for
+a tensor from a kernel with several outputs. Left out: TransformerEngine's layers, which keep their
+inputs themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,33 +19,33 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-Make = Callable[[], Tensor]
+Recipe = Callable[[], Tensor]
 Place = tuple[StorageWeakRef, int]
 
 
-class _Notes:
-    """How tensors of one layer's forward were made.
+class _Recipes:
+    """How to recompute tensors of one layer's forward.
 
-    They are held until the forward ends: storage that was freed could be that of another tensor.
+    The tensors are held until the forward ends: freed storage could be reused by another tensor.
     """
 
     def __init__(self) -> None:
-        self._by_place: dict[Place, tuple[Tensor, Make]] = {}
+        self._by_place: dict[Place, tuple[Tensor, Recipe]] = {}
 
-    def add(self, output: Tensor, make: Make) -> None:
-        """Note how a tensor was made."""
-        self._by_place[_place(output)] = (output, make)
+    def add(self, output: Tensor, recipe: Recipe) -> None:
+        """Remember how to recompute a tensor."""
+        self._by_place[_place(output)] = (output, recipe)
 
-    def forget(self) -> None:
-        """Let go of the tensors."""
+    def clear(self) -> None:
+        """Release the tensors."""
         self._by_place.clear()
 
-    def pack(self, tensor: Tensor) -> "Tensor | _Note":
-        """What autograd keeps of a tensor."""
-        noted = self._by_place.get(_place(tensor))
-        if noted is None or not tensor.is_contiguous() or tensor.numel() != noted[0].numel():
+    def pack(self, tensor: Tensor) -> "Tensor | _Recomputed":
+        """What autograd keeps in place of a tensor."""
+        found = self._by_place.get(_place(tensor))
+        if found is None or not tensor.is_contiguous() or tensor.numel() != found[0].numel():
             return tensor
-        return _Note(noted[1], tensor.shape)
+        return _Recomputed(found[1], tensor.shape)
 
 
 def _place(tensor: Tensor) -> Place:
@@ -53,58 +53,58 @@ def _place(tensor: Tensor) -> Place:
     return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset())
 
 
-class _Note:
-    """In the place of a tensor."""
+class _Recomputed:
+    """Kept in place of a tensor."""
 
-    def __init__(self, make: Make, shape: torch.Size) -> None:
-        self._make, self._shape = make, shape
+    def __init__(self, recipe: Recipe, shape: torch.Size) -> None:
+        self._recipe, self._shape = recipe, shape
 
     def unpack(self) -> Tensor:
-        """The tensor, made again."""
+        """The tensor, computed again."""
         with torch.no_grad():
-            return self._make().reshape(self._shape)
+            return self._recipe().reshape(self._shape)
 
 
-_notes: _Notes | None = None
+_recipes: _Recipes | None = None
 """Of the layer whose forward is running; None: everything is kept."""
 
 
 @contextmanager
-def remembering_how(*, is_on: bool) -> Iterator[None]:
-    """Around a layer's forward: what goes through `made_again` inside is not kept.
+def selective_recompute(*, is_on: bool) -> Iterator[None]:
+    """Around a layer's forward: outputs of `recomputable` inside it are not kept.
 
     Args:
-        is_on: whether to do so; otherwise this does nothing.
+        is_on: whether to recompute; otherwise everything is kept.
     """
-    global _notes
+    global _recipes
     if not is_on or not torch.is_grad_enabled():
         yield
         return
-    notes = _notes = _Notes()
+    recipes = _recipes = _Recipes()
     try:
         with torch.autograd.graph.saved_tensors_hooks(
-            notes.pack, lambda kept: kept.unpack() if isinstance(kept, _Note) else kept
+            recipes.pack, lambda kept: kept.unpack() if isinstance(kept, _Recomputed) else kept
         ):
             yield
     finally:
-        _notes = None
-        notes.forget()  # autograd holds both hooks, and with them the notes, until the backward
+        _recipes = None
+        recipes.clear()  # autograd holds the hooks, and with them the recipes, until the backward
 
 
-def made_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs), to be called again when a backward needs the result.
+def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), recomputed when a backward needs the result.
 
     Args:
-        function: of tensors that are kept anyway, without randomness; does not change them.
+        function: deterministic, without side effects, of tensors that are kept anyway.
         inputs: its arguments.
     """
     output = function(*inputs)
-    note_how(output, function, *inputs)
+    mark_recomputable(output, function, *inputs)
     return output
 
 
-def note_how(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Take `output` for the same bits as function(*inputs); see `made_again`."""
-    if _notes is not None:
+def mark_recomputable(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Declare that function(*inputs) computes the bits of `output`; see `recomputable`."""
+    if _recipes is not None:
         kept = [tensor.detach() for tensor in inputs]
-        _notes.add(output, lambda: function(*kept))
+        _recipes.add(output, lambda: function(*kept))

@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor
 
-from megatron_ponder.ponder.interleave import interleave
+from megatron_ponder.kernels.interleave import interleave
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.plan import Pass, PassPlan
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 
 from megatron_ponder.kernels.rotary import rotary_table
-from megatron_ponder.model.output_slots import kept_slots
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.ponder.plan import PassPlan
 
@@ -31,9 +30,10 @@ def _position_per_slot(model: PonderGPTModel) -> None:
         def run_layers_per_slot(pass_, hidden):
             angles = model.rotary_pos_emb.get_emb(model._num_tokens(hidden.size(0)))
             table = rotary_table(angles, 1, hidden.dtype)
-            kept = kept_slots(pass_)
             model.decoder.set_input_tensor(hidden)
-            return model.decoder(hidden, attention_mask=kept, rotary_pos_emb=table)
+            return model.decoder(
+                hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=pass_
+            )
 
         model.run_layers = run_layers_per_slot
         return

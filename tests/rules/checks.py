@@ -1,7 +1,7 @@
 """The rules of the house, each a function from a file to what is wrong with it."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tests.rules.sources import PACKAGE, Source, imported_modules
 
@@ -65,6 +65,30 @@ def layering(source: Source) -> Iterator[str]:
             yield f"{source.path}: imports {module}, which is above it"
         elif level[other] == level[mine] and (mine, other) not in SIBLINGS:
             yield f"{source.path}: imports {module}, which is beside it"
+
+
+def import_cycles(sources: Sequence[Source]) -> Iterator[str]:
+    """No module imports itself through others, also by imports inside functions."""
+    modules = {s.module: s for s in sources if s.in_package}
+    imports = {
+        name: sorted(modules.keys() & set(imported_modules(source)) - {name})
+        for name, source in modules.items()
+        if not source.path.endswith("__init__.py")
+    }
+    state: dict[str, bool] = {}  # True while a module's own imports are being followed
+
+    def follow(chain: tuple[str, ...]) -> Iterator[str]:
+        state[chain[-1]] = True
+        for imported in imports.get(chain[-1], ()):
+            if imported not in state:
+                yield from follow((*chain, imported))
+            elif state[imported]:
+                yield " imports ".join((*chain[chain.index(imported) :], imported))
+        state[chain[-1]] = False
+
+    for name in imports:
+        if name not in state:
+            yield from follow((name,))
 
 
 def nothing_below_imports_what_measures_it(source: Source) -> Iterator[str]:

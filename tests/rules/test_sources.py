@@ -53,6 +53,24 @@ def test_rule_holds(check: Callable[[Source], Iterator[str]]) -> None:
     assert not broken, "\n".join(broken)
 
 
+def test_no_import_cycles() -> None:
+    cycles = list(checks.import_cycles(python_sources()))
+    assert not cycles, "\n".join(cycles)
+
+
+def test_an_import_cycle_is_found() -> None:
+    package = M.rstrip("/")
+    lazy = f"def f():\n    from {package}.model import b"
+    sources = [
+        Source(M + "model/a.py", lazy),
+        Source(M + "model/b.py", f"import {package}.model.c"),
+        Source(M + "model/c.py", f"from {package}.model.a import f"),
+    ]
+    names = " imports ".join(f"{package}.model.{letter}" for letter in "abca")
+    assert list(checks.import_cycles(sources)) == [names]
+    assert not list(checks.import_cycles(sources[1:]))
+
+
 @pytest.mark.parametrize(
     ("check", "path", "text"), PLANTED, ids=lambda v: getattr(v, "__name__", None)
 )

@@ -29,7 +29,7 @@ def _join(
     scale,
     num_rows,
     batch,
-    stages,
+    slots_per_token,
     hidden,
     IS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,16 +38,16 @@ def _join(
     channels = tl.arange(0, BLOCK)
     inside = channels < hidden
     slot, in_batch = row // batch, row % batch
-    token, stage = slot // stages, slot % stages
+    token, index = slot // slots_per_token, slot % slots_per_token
     source = token * batch + in_batch
-    is_mine = stage == 0
+    is_mine = index == 0
     if IS_TABLE:
         source = tl.load(ids + source)
         is_mine = is_mine & (source >= 0) & (source < num_rows)
     of_token = channels < tl.where(is_mine, hidden, 0)
     embedding = tl.load(tokens + source * hidden + channels, mask=of_token, other=0.0)
-    thought_row = (token * (stages - 1) + stage - 1) * batch + in_batch
-    of_thought = channels < tl.where(stage > 0, hidden, 0)
+    thought_row = (token * (slots_per_token - 1) + index - 1) * batch + in_batch
+    of_thought = channels < tl.where(index > 0, hidden, 0)
     thought = tl.load(thoughts + thought_row * hidden + channels, mask=of_thought, other=0.0)
     value = embedding.to(tl.float32) * scale + thought.to(tl.float32)  # one of them is 0
     tl.store(out + row * hidden + channels, value.to(out.dtype.element_ty), mask=inside)
@@ -55,41 +55,48 @@ def _join(
 
 @triton.jit
 def _part(
-    joined, tokens, thoughts, batch, stages, hidden, HAS_TOKENS: tl.constexpr, BLOCK: tl.constexpr
+    joined,
+    tokens,
+    thoughts,
+    batch,
+    slots_per_token,
+    hidden,
+    HAS_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     inside = channels < hidden
     slot, in_batch = row // batch, row % batch
-    token, stage = slot // stages, slot % stages
+    token, index = slot // slots_per_token, slot % slots_per_token
     value = tl.load(joined + row * hidden + channels, mask=inside, other=0.0)
     if HAS_TOKENS:
         to = tokens + (token * batch + in_batch) * hidden + channels
-        tl.store(to, value, mask=channels < tl.where(stage == 0, hidden, 0))
-    thought_row = (token * (stages - 1) + stage - 1) * batch + in_batch
+        tl.store(to, value, mask=channels < tl.where(index == 0, hidden, 0))
+    thought_row = (token * (slots_per_token - 1) + index - 1) * batch + in_batch
     to = thoughts + thought_row * hidden + channels
-    tl.store(to, value, mask=channels < tl.where(stage > 0, hidden, 0))
+    tl.store(to, value, mask=channels < tl.where(index > 0, hidden, 0))
 
 
 @triton.jit
-def _select(whole, kept, batch, stages, first, num_kept, hidden, BLOCK: tl.constexpr):
+def _select(whole, kept, batch, slots_per_token, first, num_kept, hidden, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     inside = channels < hidden
     slot, in_batch = row // batch, row % batch
-    source = (slot // num_kept * stages + first + slot % num_kept) * batch + in_batch
+    source = (slot // num_kept * slots_per_token + first + slot % num_kept) * batch + in_batch
     value = tl.load(whole + source * hidden + channels, mask=inside, other=0.0)
     tl.store(kept + row * hidden + channels, value, mask=inside)
 
 
 @triton.jit
-def _unselect(whole, kept, batch, stages, first, num_kept, hidden, BLOCK: tl.constexpr):
+def _unselect(whole, kept, batch, slots_per_token, first, num_kept, hidden, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     slot, in_batch = row // batch, row % batch
-    number = slot % stages - first
+    number = slot % slots_per_token - first
     num_channels = tl.where((number >= 0) & (number < num_kept), hidden, 0)
-    source = (slot // stages * num_kept + number) * batch + in_batch
+    source = (slot // slots_per_token * num_kept + number) * batch + in_batch
     value = tl.load(kept + source * hidden + channels, mask=channels < num_channels, other=0.0)
     tl.store(whole + row * hidden + channels, value, mask=channels < hidden)
 
@@ -103,7 +110,7 @@ def _sum_pieces(
     num_positions,
     num_rows,
     batch,
-    stages,
+    slots_per_token,
     hidden,
     BLOCK: tl.constexpr,
 ):
@@ -120,7 +127,7 @@ def _sum_pieces(
         is_start = row != before
         start = tl.where(is_start, position, start)
         source = tl.load(order + position, mask=exists, other=0)
-        slot = source // batch * stages
+        slot = source // batch * slots_per_token
         offset = (slot * batch + source % batch) * hidden
         is_summed = exists & (row < num_rows)
         of_row = channels < tl.where(is_summed, hidden, 0)
@@ -164,9 +171,9 @@ def interleave(token_embeddings: Tensor, thoughts: Tensor) -> Tensor:
     return _Interleave.apply(token_embeddings, thoughts)
 
 
-def select_slots(hidden: Tensor, slots_per_token: int, stages: range) -> Tensor:
+def select_slots(hidden: Tensor, slots_per_token: int, slots: range) -> Tensor:
     """As `kernels.interleave.select_slots`, where not all are kept."""
-    return _SelectSlots.apply(hidden, slots_per_token, stages)
+    return _SelectSlots.apply(hidden, slots_per_token, slots)
 
 
 class _EmbedAndInterleave(torch.autograd.Function):
@@ -222,19 +229,19 @@ class _Interleave(torch.autograd.Function):
 
 class _SelectSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, slots_per_token: int, stages: range) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, slots_per_token: int, slots: range) -> Tensor:
         num_slots, batch, width = hidden.shape
-        ctx.slots_per_token, ctx.stages = slots_per_token, stages
-        kept = hidden.new_empty(num_slots // slots_per_token * len(stages), batch, width)
-        _launch_select(_select, kept.size(0), hidden.contiguous(), kept, slots_per_token, stages)
+        ctx.slots_per_token, ctx.slots = slots_per_token, slots
+        kept = hidden.new_empty(num_slots // slots_per_token * len(slots), batch, width)
+        _launch_select(_select, kept.size(0), hidden.contiguous(), kept, slots_per_token, slots)
         return kept
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         gradient = grad_outputs[0].contiguous()
         num_slots, batch, width = gradient.shape
-        whole = gradient.new_empty(num_slots // len(ctx.stages) * ctx.slots_per_token, batch, width)
-        _launch_select(_unselect, whole.size(0), whole, gradient, ctx.slots_per_token, ctx.stages)
+        whole = gradient.new_empty(num_slots // len(ctx.slots) * ctx.slots_per_token, batch, width)
+        _launch_select(_unselect, whole.size(0), whole, gradient, ctx.slots_per_token, ctx.slots)
         return whole, None, None
 
 
@@ -287,9 +294,9 @@ def _parts(
 
 
 def _launch_select(
-    kernel: Any, num_slots: int, whole: Tensor, kept: Tensor, slots_per_token: int, stages: range
+    kernel: Any, num_slots: int, whole: Tensor, kept: Tensor, slots_per_token: int, slots: range
 ) -> None:
-    """Copy between all stages and those kept, a program for each row that is written."""
+    """Copy between all slots and those kept, a program for each row that is written."""
     _, batch, hidden = whole.shape
     if num_slots * batch:
         kernel[(num_slots * batch,)](
@@ -297,8 +304,8 @@ def _launch_select(
             kept,
             batch,
             slots_per_token,
-            stages.start,
-            len(stages),
+            slots.start,
+            len(slots),
             hidden,
             BLOCK=triton.next_power_of_2(hidden),
         )
@@ -307,7 +314,7 @@ def _launch_select(
 def _table_gradient(
     gradient: Tensor, rows: Tensor, weight: Tensor, slots_per_token: int, scale: float
 ) -> Tensor:
-    """The table's gradient from that of the slots [s * n, b, h], of which tokens' are read."""
+    """The table's gradient from that of the slots [s * n, b, h], using those of token slots."""
     num_rows, hidden = weight.shape
     d_weight = torch.zeros_like(weight)
     _, batch = rows.shape

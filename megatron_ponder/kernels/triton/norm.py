@@ -1,13 +1,13 @@
-"""RMSNorm and LayerNorm with what lies around them; see `kernels.slot_norm`, `kernels.residual`.
+"""RMSNorm and LayerNorm fused with their neighbours; see `kernels.slot_norm`, `kernels.residual`.
 
-A program has ROWS rows at once, more than one of narrow ones. One of the backward goes over
-rows_each rows of the whole sequence: it writes zeros to those that are not read, dx to the others,
-and keeps its part of the parameters' gradients, which torch adds up: a sum in fixed order, the same
-in every run.
+A program has ROWS rows at once, more than one of narrow ones. In the backward a program
+takes rows_each rows of the whole sequence. It writes dx to selected rows and zeros to the others,
+and keeps its part of the parameters' gradients. torch sums those parts in a fixed order, so that
+the result is the same in every run.
 
-One pair of kernels for three uses, which differ in what is read and written beside the norm:
+One pair of kernels for three uses, which differ in their other inputs and outputs:
 
-    some stages         rows that are not read are skipped, and have a gradient of 0
+    selected slots      other rows are skipped, and have a gradient of 0
     residual            the gradient of the row itself, beside its norm's, is added to dx; there may
                         be a second norm of the same row, which shares its statistics
     add and norm        the row is hidden + branch (+ bias), is written too, and rounded before it
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ponder.kernels.residual import Branch, Parameters
+from megatron_ponder.kernels.operands import Branch, NormParameters
 
 MAX_WARPS = 4096
 """Of the backward, what a Hopper GPU (132 multiprocessors) has registers for at once, at 64 per
@@ -46,7 +46,7 @@ def _forward(
     inverses,
     num_rows,
     batch,
-    stages,
+    slots_per_token,
     first,
     num_kept,
     width,
@@ -63,7 +63,7 @@ def _forward(
     exists, inside = row < num_rows, channels < width
     of_row = exists[:, None] & inside
     slot, in_batch = row // batch, row % batch
-    source = (slot // num_kept * stages + first + slot % num_kept) * batch + in_batch
+    source = (slot // num_kept * slots_per_token + first + slot % num_kept) * batch + in_batch
     at = row[:, None] * width + channels
     from_hidden = hidden + source[:, None] * width + channels
     x = tl.load(from_hidden, mask=of_row, other=0.0).to(tl.float32)
@@ -107,7 +107,7 @@ def _backward(
     num_rows,
     rows_each,
     batch,
-    stages,
+    slots_per_token,
     first,
     num_kept,
     width,
@@ -133,16 +133,16 @@ def _backward(
         row = program * rows_each + start + tl.arange(0, ROWS)
         exists = (row < num_rows) & (row < (program + 1) * rows_each)
         slot, in_batch = row // batch, row % batch
-        stage = slot % stages - first
-        is_read = exists & (stage >= 0) & (stage < num_kept)
-        kept = (slot // stages * num_kept + stage) * batch + in_batch
-        of_row = is_read[:, None] & inside
+        index = slot % slots_per_token - first
+        is_selected = exists & (index >= 0) & (index < num_kept)
+        kept = (slot // slots_per_token * num_kept + index) * batch + in_batch
+        of_row = is_selected[:, None] & inside
         of_whole, in_whole = row[:, None] * width + channels, exists[:, None] & inside
         at = kept[:, None] * width + channels
         x = tl.load(hidden + of_whole, mask=of_row, other=0.0).to(tl.float32)
-        inverse = tl.load(inverses + kept, mask=is_read, other=0.0)[:, None]
+        inverse = tl.load(inverses + kept, mask=is_selected, other=0.0)[:, None]
         if IS_LAYER_NORM:
-            x = x - tl.load(means + kept, mask=is_read, other=0.0)[:, None]
+            x = x - tl.load(means + kept, mask=is_selected, other=0.0)[:, None]
         u = tl.where(of_row, x * inverse, 0.0)
         dy = tl.load(gradient + at, mask=of_row, other=0.0).to(tl.float32)
         g = dy * w
@@ -186,17 +186,17 @@ def _backward(
 def norm_slots(
     hidden: Tensor,
     slots_per_token: int,
-    stages: range,
+    slots: range,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     """As `kernels.slot_norm.norm_slots`."""
-    return _Norm.apply(hidden, None, (slots_per_token, stages), eps, False, None, weight, bias)
+    return _Norm.apply(hidden, None, (slots_per_token, slots), eps, False, None, weight, bias)
 
 
 def norm_beside_residual(
-    hidden: Tensor, norms: Sequence[Parameters], eps: float
+    hidden: Tensor, norms: Sequence[NormParameters], eps: float
 ) -> tuple[Tensor, ...]:
     """As `kernels.residual.norm_beside_residual`."""
     parameters = [tensor for norm in norms for tensor in norm]
@@ -204,7 +204,7 @@ def norm_beside_residual(
 
 
 def add_and_norm(
-    residual: Tensor, branch: Branch, norm: Parameters, eps: float
+    residual: Tensor, branch: Branch, norm: NormParameters, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.residual.add_and_norm`."""
     x, branch_bias = branch
@@ -222,7 +222,7 @@ class _Norm(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         branch: Tensor | None,
-        read: tuple[int, range],
+        selection: tuple[int, range],
         eps: float,
         wants_residual: bool,
         *parameters: Tensor | None,
@@ -231,9 +231,9 @@ class _Norm(torch.autograd.Function):
         branch = None if branch is None else branch.contiguous()
         branch_bias, weight, bias, weight_2, bias_2 = (*parameters, None, None)[:5]
         assert weight is not None
-        slots_per_token, stages = read
+        slots_per_token, slots = selection
         num_slots, batch, width = hidden.shape
-        num_kept = num_slots // slots_per_token * len(stages)
+        num_kept = num_slots // slots_per_token * len(slots)
         outs = [hidden.new_empty(num_kept, batch, width) for _ in parameters[1::2]]
         total = hidden if branch is None else torch.empty_like(branch)
         inverses = hidden.new_empty(num_kept * batch, dtype=torch.float32)
@@ -244,7 +244,7 @@ class _Norm(torch.autograd.Function):
             "HAS_SECOND": weight_2 is not None,
             **_block(width),
         }
-        # What a kernel does not use, something takes the place of.
+        # Unused pointer arguments receive a placeholder tensor.
         _forward[(triton.cdiv(num_kept * batch, ctx.flags["ROWS"]),)](
             hidden,
             _or(branch, hidden),
@@ -261,15 +261,19 @@ class _Norm(torch.autograd.Function):
             num_kept * batch,
             batch,
             slots_per_token,
-            stages.start,
-            len(stages),
+            slots.start,
+            len(slots),
             width,
             eps,
             HAS_BRANCH=branch is not None,
             **ctx.flags,
         )
         ctx.save_for_backward(total, means, inverses, *parameters)
-        ctx.read, ctx.wants_residual, ctx.has_branch = read, wants_residual, branch is not None
+        ctx.selection, ctx.wants_residual, ctx.has_branch = (
+            selection,
+            wants_residual,
+            branch is not None,
+        )
         if not wants_residual:
             return outs[0]
         return total.view_as(total) if branch is None else total, *outs
@@ -279,7 +283,7 @@ class _Norm(torch.autograd.Function):
         hidden, means, inverses, *parameters = ctx.saved_tensors
         gradients = [gradient.contiguous() for gradient in grad_outputs]
         d_normed = gradients[ctx.wants_residual :]
-        slots_per_token, stages = ctx.read
+        slots_per_token, slots = ctx.selection
         num_slots, batch, width = hidden.shape
         num_rows = num_slots * batch
         rows_each = triton.cdiv(num_rows, _max_programs(**ctx.flags))
@@ -304,8 +308,8 @@ class _Norm(torch.autograd.Function):
             rows_each,
             batch,
             slots_per_token,
-            stages.start,
-            len(stages),
+            slots.start,
+            len(slots),
             width,
             HAS_RESIDUAL=ctx.wants_residual,
             **ctx.flags,

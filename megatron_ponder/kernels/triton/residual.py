@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ponder.kernels.residual import Branch
+from megatron_ponder.kernels.operands import Branch
 
 MAX_BLOCK = 1024
 

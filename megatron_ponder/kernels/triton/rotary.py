@@ -1,9 +1,9 @@
 """Rotation of queries and keys in the joint projection; see `kernels.rotary`.
 
 One program takes one slot of one sequence: its whole row of heads, of which the first 2r channels
-are rotated where they are and the values stay untouched. All stages of a token read the same row of
-the table, at slot // stages; while decoding, each sequence has a row of its own. Queries, keys and
-values are then views of the projection's output, which nobody else needs: megatron-core's linear
+are rotated in place; the values stay untouched. All slots of a token read the same row of the
+table, slot // slots_per_token; while decoding, each sequence has a row of its own. Queries, keys
+and values are then views of the projection's output, which has no other use: megatron-core's linear
 layers keep their input. Heads of one group lie together, so that queries have one stride over heads
 only where groups have one query each, or there is one group; else they are copied, as torch's
 attention takes no other layout.
@@ -25,7 +25,7 @@ def _rotate(
     mixed,
     table,
     batch,
-    stages,
+    slots_per_token,
     num_table_rows,
     table_batch,
     num_groups,
@@ -38,7 +38,9 @@ def _rotate(
     channels = tl.arange(0, BLOCK)
     inside = channels < half
     slot, in_batch = row // batch, row % batch
-    angle = table + (slot // stages * table_batch + in_batch % table_batch) * half + channels
+    angle = (
+        table + (slot // slots_per_token * table_batch + in_batch % table_batch) * half + channels
+    )
     cos = tl.load(angle, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(angle + num_table_rows * half, mask=inside, other=0.0).to(tl.float32)
     row_width = num_groups * (heads_each + 1) * head_dim
@@ -64,7 +66,7 @@ def _join_and_rotate_back(
     value,
     table,
     batch,
-    stages,
+    slots_per_token,
     num_table_rows,
     table_batch,
     num_groups,
@@ -88,7 +90,7 @@ def _join_and_rotate_back(
     # A rotated channel's partner; of the others the channel itself, at an angle of 0.
     partner = tl.where(channels < half, channels + half, channels - half)
     partner = tl.where(channels < 2 * half, partner, channels)
-    angle = table + (slot // stages * table_batch + in_batch % table_batch) * half
+    angle = table + (slot // slots_per_token * table_batch + in_batch % table_batch) * half
     angle += tl.where(channels < half, channels, channels - half)
     cos = tl.load(angle, mask=channels < 2 * half, other=1.0).to(tl.float32)
     sin = tl.load(angle + num_table_rows * half, mask=channels < 2 * half, other=0.0)

@@ -24,7 +24,7 @@ import math
 
 from torch import Tensor
 
-from megatron_ponder.ponder.interleave import interleave
+from megatron_ponder.kernels.interleave import interleave
 from megatron_ponder.ponder.method import Method, Mix
 from megatron_ponder.ponder.plan import DecodingPlan, Pass, PassPlan
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.model.selective_recompute import made_again, remembering_how
+from megatron_ponder.model.selective_recompute import recomputable, selective_recompute
 
 
 def chain(x: Tensor, weights: list[Tensor], *, is_on: bool) -> Tensor:
     """Two activations between three products."""
-    with remembering_how(is_on=is_on):
+    with selective_recompute(is_on=is_on):
         for weight in weights:
-            x = made_again(torch.sigmoid, x) @ weight
+            x = recomputable(torch.sigmoid, x) @ weight
     return x
 
 
@@ -42,8 +42,8 @@ def test_the_function_is_called_again_in_the_backward_and_only_there() -> None:
         return 2 * x
 
     x, weight = torch.ones(2, 3, requires_grad=True), torch.ones(3, 4, requires_grad=True)
-    with remembering_how(is_on=True):
-        y = made_again(double, x) @ weight
+    with selective_recompute(is_on=True):
+        y = recomputable(double, x) @ weight
     assert calls == [True]
     y.sum().backward()
     assert calls == [True, False]
@@ -54,8 +54,8 @@ def test_the_function_is_called_again_in_the_backward_and_only_there() -> None:
 def test_the_result_is_let_go(is_on: bool) -> None:
     """When the forward ends, though autograd holds the hooks until the backward."""
     x, weight = torch.ones(2, 3, requires_grad=True), torch.ones(3, 4, requires_grad=True)
-    with remembering_how(is_on=is_on):
-        activated = made_again(F.silu, x)
+    with selective_recompute(is_on=is_on):
+        activated = recomputable(F.silu, x)
         product = activated @ weight
     held = weakref.ref(activated)
     del activated
@@ -66,8 +66,8 @@ def test_the_result_is_let_go(is_on: bool) -> None:
 def test_other_tensors_are_kept(case: tuple[Tensor, list[Tensor]]) -> None:
     """A part of a noted tensor starts where it starts, and is something else."""
     x, (weight, *_) = case
-    with remembering_how(is_on=True):
-        activated = made_again(torch.sigmoid, x)
+    with selective_recompute(is_on=True):
+        activated = recomputable(torch.sigmoid, x)
         y = activated[:3] @ weight
     (gradient,) = torch.autograd.grad(y.sum(), weight)
     assert torch.equal(gradient, torch.sigmoid(x)[:3].T @ torch.ones(3, 8))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.errors import ConfigError
+from megatron_ponder.kernels.interleave import interleave, select_slots
 from megatron_ponder.ponder.chunks import cut_into_chunks
-from megatron_ponder.ponder.interleave import interleave, select_slots
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.training_plan import jacobi_iterations
 

@@ -27,7 +27,6 @@ WAITING_OPERATIONS = {
 }
 WAITING_METHODS = ("tolist", "numpy", "cpu", "__array__", "new_tensor")
 ON_THE_CPU_ON_PURPOSE = {
-    ("output_slots.py", "slots_of"),  # which stages are read: made on the CPU, never on the device
     ("random.py", "fork"),  # megatron-core compares states of the CPU's generator
     ("embedding.py", "rounded_scale"),  # rounds a number with a tensor of its own on the CPU
 }
