@@ -13,19 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from training import read_metrics
 
-from megatron_ponder.checkpoint.storage import (
-    CONFIG_FILE,
-    choose_iteration,
-    iteration_folder,
-)
-from megatron_ponder.config.parse import config_from_flat_dict
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.checkpoint.storage import choose_iteration, iteration_folder
+from megatron_ponder.checkpoint.stored_config import read_config
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.training_plan import jacobi_iterations, training_plan
@@ -42,7 +37,7 @@ class Result:
 
     name: str
     """As it is shown."""
-    config: RunConfig
+    config: ResolvedConfig
     """Of its training, resolved."""
     records: Sequence[dict[str, Any]]
     """Its metrics.jsonl."""
@@ -117,7 +112,7 @@ def read_result(name: str, folder: Path, evaluation: Path, sample: Path) -> Resu
     checkpoint = iteration_folder(folder, choose_iteration(folder, None))
     return Result(
         name=name,
-        config=config_from_flat_dict(yaml.safe_load((checkpoint / CONFIG_FILE).read_text())),
+        config=read_config(checkpoint),
         records=read_metrics(folder / "metrics.jsonl"),
         evaluation=json.loads(evaluation.read_text()),
         sample=sample.read_text(),

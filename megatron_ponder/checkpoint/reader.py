@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -34,11 +33,10 @@ from megatron_ponder.checkpoint.state import (
     parallel_sizes,
     random_state_object,
 )
-from megatron_ponder.config.parse import config_from_flat_dict
-from megatron_ponder.config.resolve import restore
+from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import CheckpointConfig
-from megatron_ponder.errors import CheckpointError, ConfigError
+from megatron_ponder.errors import CheckpointError
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.runtime.distributed import ranks
 
@@ -70,19 +68,6 @@ def locate(folder: Path, ckpt_step: int | None = None) -> Path:
     checkpoint = storage.iteration_folder(folder, storage.choose_iteration(folder, ckpt_step))
     storage.check_files(checkpoint)
     return checkpoint
-
-
-def read_config(checkpoint: Path) -> ResolvedConfig:
-    """The resolved config of the run that wrote a checkpoint.
-
-    Raises:
-        CheckpointError: it was written by a version of this package with other settings.
-    """
-    settings = yaml.safe_load((checkpoint / storage.CONFIG_FILE).read_text())
-    try:
-        return restore(config_from_flat_dict(settings))
-    except ConfigError as error:
-        raise CheckpointError(f"{checkpoint / storage.CONFIG_FILE}: {error}") from None
 
 
 def load_checkpoint(

@@ -3,7 +3,8 @@
     <folder>/latest_checkpointed_iteration.txt    the newest iteration, as text
     <folder>/iter_0000100/                        one checkpoint:
         *.distcp, .metadata, metadata.json, ...       megatron-core's torch_dist format
-        run_config.yaml                               every setting of the run
+        run_config.yaml                               the settings of the run as given
+        resolved_config.yaml                          the same with all derived values
         files.json                                    size of each of the files above
 
 A checkpoint is written into a hidden folder and renamed when it is complete; the text file is
@@ -23,6 +24,7 @@ from megatron_ponder.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
+RESOLVED_CONFIG_FILE = "resolved_config.yaml"
 SIZES_FILE = "files.json"
 _ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 
@@ -94,17 +96,25 @@ def publish(folder: Path, iteration: int) -> Path:
     """
     unfinished, final = unfinished_folder(folder, iteration), iteration_folder(folder, iteration)
     sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
-    (unfinished / SIZES_FILE).write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n")
+    write_text(unfinished / SIZES_FILE, json.dumps(sizes, indent=1, sort_keys=True) + "\n")
     replaced = folder / f".iter_{iteration:07d}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         final.rename(replaced)
     unfinished.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
-    pending = folder / f".{LATEST_FILE}.unfinished"
-    pending.write_text(f"{iteration}\n")
-    os.replace(pending, folder / LATEST_FILE)
+    write_text(folder / LATEST_FILE, f"{iteration}\n")
     return final
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or absent, also after a power failure."""
+    pending = path.with_name(f".{path.name}.unfinished")
+    with pending.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pending, path)
 
 
 def prune(folder: Path, newest: int, keep: int | None) -> list[int]:

@@ -27,7 +27,7 @@ from megatron_ponder.checkpoint.state import (
     parallel_sizes,
     random_state_object,
 )
-from megatron_ponder.config.parse import dump_yaml
+from megatron_ponder.checkpoint.stored_config import write_configs
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import CheckpointError
 from megatron_ponder.runtime.distributed import data_parallel_group, is_rank_zero, ranks
@@ -106,7 +106,7 @@ def save_checkpoint(
         ),
     )
     if is_rank_zero():
-        (unfinished / storage.CONFIG_FILE).write_text(dump_yaml(config))
+        write_configs(unfinished, config)
         storage.publish(folder, progress.iteration)
         storage.prune(folder, progress.iteration, config.checkpoint.keep_checkpoints)
     dist.barrier()

@@ -87,7 +87,7 @@ def config_from_flat_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The whole config as YAML that `--config` reads back."""
+    """Every setting of a config as YAML that `--config` reads back."""
     flat = {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_flat_dict().items()}
     return yaml.safe_dump(flat, sort_keys=False)
 

@@ -103,8 +103,13 @@ def resolve_for_inference(config: ResolvedConfig, *, num_ranks: int) -> Resolved
 def restore(stored: RunConfig) -> ResolvedConfig:
     """A config that was resolved before it was stored. It is not checked again.
 
-    Checkpoints imported by an earlier version left some of it open; that is filled in for one rank.
+    Imports by earlier versions left what depends on ranks and length of a run open; it is derived
+    for one rank.
+
+    Raises:
+        ConfigError: the size of the vocabulary is missing.
     """
+    _raise_if_any(*_missing_vocabulary(stored.model, None))
     return _derive(stored, 1, None)
 
 

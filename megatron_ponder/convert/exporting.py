@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ponder import log
-from megatron_ponder.checkpoint.reader import locate, read_config
+from megatron_ponder.checkpoint.reader import locate
+from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolve import resolve_for_inference
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.convert import exported_code, verification

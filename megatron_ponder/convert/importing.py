@@ -5,6 +5,7 @@ its shape and its method, and nothing of an optimizer. Its run_config.yaml serve
 training. Code that comes with the folder is not run unless asked.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from megatron_ponder import log
 from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.state import WEIGHTS_ONLY
-from megatron_ponder.config.parse import dump_yaml
+from megatron_ponder.checkpoint.stored_config import write_configs
 from megatron_ponder.config.resolve import reopen, resolve
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
@@ -260,8 +261,8 @@ def _write(
             return tensor
 
         write_parameters(unfinished, parameters, fetch, common)
-    open_settings = reopen(config)
-    (unfinished / storage.CONFIG_FILE).write_text(dump_yaml(open_settings), encoding="utf-8")
+    # The weights state the whole shape, so it counts as given; only the run to come is left open.
+    write_configs(unfinished, dataclasses.replace(config, given=reopen(config)))
     return storage.publish(folder, 0)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ponder.checkpoint.reader import load_weights, locate, read_config
+from megatron_ponder.checkpoint.reader import load_weights, locate
+from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolve import resolve_for_inference
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer

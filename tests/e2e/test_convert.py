@@ -136,7 +136,8 @@ def test_export_with_its_tokenizer(kind: Any, tokenizers: dict[str, str], tmp_pa
     assert "0.5000" not in card and "9.0" not in card
 
     convert("import", "--hf-path", str(folder), "--save", str(tmp_path / "back"))
-    from megatron_ponder.checkpoint.reader import locate, read_config
+    from megatron_ponder.checkpoint.reader import locate
+    from megatron_ponder.checkpoint.stored_config import read_config
 
     back = read_config(locate(tmp_path / "back"))
     again = build_tokenizer(back.data)

@@ -161,7 +161,7 @@ def test_everything_a_single_process_leaves(data_path: str, tmp_path: Path) -> N
     names = {path.name for path in run.iterdir()}
     latest = "latest_checkpointed_iteration.txt"
     assert names == {"iter_0000020", "iter_0000030", latest, "metrics.jsonl"}
-    stored = (run / "iter_0000030" / "run_config.yaml").read_text()
+    stored = (run / "iter_0000030" / "resolved_config.yaml").read_text()
     assert "max_jacobi_iterations: 4" in stored and stored.rstrip() in out
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"tokens_per_s", "tflops_per_device", "mfu", "eta_s", "peak_memory_gib"} <= line.keys()

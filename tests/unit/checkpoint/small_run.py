@@ -10,6 +10,7 @@ from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.reader import load_checkpoint, locate
 from megatron_ponder.checkpoint.writer import save_checkpoint
 from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import build_parallel_model
@@ -23,7 +24,7 @@ SEQ_LENGTH = 16
 GLOBAL_BATCH_SIZE = 4
 
 
-def small_config(world_size: int = 1, **changes: object) -> RunConfig:
+def small_config(world_size: int = 1, **changes: object) -> ResolvedConfig:
     """Four layers, with all that a checkpoint has to reshard: gated MLP, query groups."""
     settings: dict[str, object] = {
         "num_layers": 4,
@@ -49,7 +50,7 @@ def small_config(world_size: int = 1, **changes: object) -> RunConfig:
     return resolve(config, world_size=world_size, tokenizer_vocab_size=VOCAB_SIZE)
 
 
-def iteration_batches(config: RunConfig, iteration: int) -> Iterator[Batch]:
+def iteration_batches(config: ResolvedConfig, iteration: int) -> Iterator[Batch]:
     """This rank's micro-batches of one iteration, the same samples in every layout."""
     generator = torch.Generator().manual_seed(iteration)
     tokens = torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
@@ -63,7 +64,7 @@ def iteration_batches(config: RunConfig, iteration: int) -> Iterator[Batch]:
         }
 
 
-def build_training_state(config: RunConfig) -> TrainingState:
+def build_training_state(config: ResolvedConfig) -> TrainingState:
     """Model, optimizer and schedule; starts the layout."""
     distributed.initialize(config.parallel, config.training.seed)
     model = build_parallel_model(config)
@@ -72,7 +73,7 @@ def build_training_state(config: RunConfig) -> TrainingState:
 
 
 def run_iterations(
-    config: RunConfig, training_state: TrainingState, progress: Progress, last: int
+    config: ResolvedConfig, training_state: TrainingState, progress: Progress, last: int
 ) -> list[StepResult]:
     """Iterations up to and including `last`."""
     steps = []
@@ -97,7 +98,7 @@ def parts(training_state: TrainingState) -> dict[str, Any]:
     }
 
 
-def save_midway(config: RunConfig, at: int, last: int) -> dict[str, object]:
+def save_midway(config: ResolvedConfig, at: int, last: int) -> dict[str, object]:
     """Train to `at`, save into config's --save, train on to `last`."""
     training_state = build_training_state(config)
     progress = Progress()
@@ -110,7 +111,7 @@ def save_midway(config: RunConfig, at: int, last: int) -> dict[str, object]:
     return result
 
 
-def resume(config: RunConfig, last: int) -> dict[str, object]:
+def resume(config: ResolvedConfig, last: int) -> dict[str, object]:
     """Load the newest checkpoint of config's --load, train on to `last`."""
     training_state = build_training_state(config)
     assert config.checkpoint.load is not None

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.comparison import other_differences, shape_differences
-from megatron_ponder.checkpoint.reader import find_checkpoint, read_config
+from megatron_ponder.checkpoint.reader import find_checkpoint
+from megatron_ponder.checkpoint.stored_config import write_configs
 from megatron_ponder.checkpoint.writer import prepare_folder
-from megatron_ponder.config.parse import dump_yaml
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import CheckpointError
 from tests.unit.checkpoint.small_run import small_config
@@ -20,7 +20,7 @@ def _publish(folder: Path, *iterations: int) -> None:
         unfinished = storage.unfinished_folder(folder, iteration)
         unfinished.mkdir(parents=True)
         (unfinished / "__0_0.distcp").write_bytes(b"x" * 100)
-        (unfinished / storage.CONFIG_FILE).write_text(dump_yaml(small_config()))
+        write_configs(unfinished, small_config())
         storage.publish(folder, iteration)
 
 
@@ -111,19 +111,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot create"):
         prepare_folder(small_config(save=str(tmp_path / "file" / "run")))
-
-
-def test_config_round_trip(tmp_path: Path) -> None:
-    _publish(tmp_path, 5)
-    assert read_config(tmp_path / "iter_0000005") == small_config()
-
-
-def test_a_config_of_another_version(tmp_path: Path) -> None:
-    _publish(tmp_path, 5)
-    with (tmp_path / "iter_0000005" / storage.CONFIG_FILE).open("a") as file:
-        file.write("setting_of_the_future: 1\n")
-    with pytest.raises(CheckpointError, match="setting_of_the_future"):
-        read_config(tmp_path / "iter_0000005")
 
 
 @pytest.mark.parametrize(

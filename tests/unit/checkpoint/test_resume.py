@@ -1,13 +1,28 @@
 """A run that stops and goes on is the run that never stopped; other layouts can take it over."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ponder.checkpoint import storage
+from megatron_ponder.checkpoint.reader import load_checkpoint, locate
+from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.resolve import resolve
+from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.optim.adamw import learning_rate
+from megatron_ponder.runtime import distributed
 from tests.parity.layouts import CP2, DIST_OPT, GPT2, PP2, SP, TP2, VP2, Layout
 from tests.ranks import run_ranks
-from tests.unit.checkpoint.small_run import resume, save_midway, small_config
+from tests.unit.checkpoint.small_run import (
+    build_training_state,
+    parts,
+    resume,
+    run_iterations,
+    save_midway,
+    small_config,
+)
 
 SAVED_AT = 3
 LAST = 6
@@ -69,6 +84,30 @@ def test_resume_is_exact_on_one_layout(layout: str, tmp_path: Path) -> None:
     for name, weight in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weight), name
     assert torch.equal(resumed["draw"], whole["draw"])
+
+
+def _resume_longer(run_config: str, folder: str) -> tuple[ResolvedConfig, int, float]:
+    """Twice as long through the stored file: the config, the end of the decay, and the last LR."""
+    more = ["--config", run_config, "--load", folder, "--train-iters", "16"]
+    config = resolve(parse_args(more, prog="test"), world_size=1)
+    training_state = build_training_state(config)
+    progress = load_checkpoint(config, locate(Path(folder)), **parts(training_state))
+    run_iterations(config, training_state, progress, LAST)
+    found = config, training_state.scheduler.lr_decay_steps, learning_rate(training_state.optimizer)
+    distributed.leave_layout()
+    return found
+
+
+def test_the_stored_settings_let_a_run_become_longer(tmp_path: Path) -> None:
+    """The LR decay ends with the longer run, as if the first command had been given again."""
+    _run(save_midway, "one", tmp_path, SAVED_AT)
+    stored = storage.iteration_folder(tmp_path, SAVED_AT) / storage.CONFIG_FILE
+    config, decay_iters, rate = run_ranks(_resume_longer, 1, str(stored), str(tmp_path))[0]
+    assert config == small_config(train_iters=16, save=str(tmp_path), load=str(tmp_path))
+    assert decay_iters == 16
+    lowest, highest = config.optimizer.min_lr, config.optimizer.lr
+    decayed = 0.5 * (1 + math.cos(math.pi * LAST / 16))
+    assert rate == pytest.approx(lowest + decayed * (highest - lowest))
 
 
 @pytest.mark.parametrize(

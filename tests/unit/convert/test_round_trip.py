@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_ponder.checkpoint.reader import locate, read_config
+from megatron_ponder.checkpoint.reader import locate
+from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolve import resolve_for_inference
 from megatron_ponder.convert.verification import folder_logits, native_logits
 from megatron_ponder.runtime.distributed import running
