@@ -26,8 +26,8 @@ import torch
 
 DEFAULT_TIMEOUT_S = 300
 
-_fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload(["tests.ranks_preload"])
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["tests.ranks_preload"])
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -54,7 +54,7 @@ def run_ranks(
         RanksFailed: a rank raised, died or did not finish in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context: Any = _spawn if torch.cuda.is_available() else _fork
+        context: Any = _spawn if torch.cuda.is_available() else FORK
         ranks = [
             context.Process(target=_rank_main, args=(function, args, rank, world_size, folder))
             for rank in range(world_size)

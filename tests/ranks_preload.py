@@ -1,5 +1,27 @@
-"""Imported once by the server that ranks are forked from: everything slow."""
+"""Imported once by the server that ranks and commands are forked from: everything slow."""
 
+import importlib
+import pkgutil
+
+import megatron_ponder
 from megatron_ponder.runtime import mcore_cpu
 
+LIBRARIES = (
+    "matplotlib.pyplot",
+    "pyarrow.parquet",
+    "sentencepiece",
+    "tokenizers",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "transformers.models.llama.modeling_llama",
+    "tyro",
+)
+"""Those that the package imports late."""
+
 mcore_cpu.apply()
+for name in LIBRARIES:
+    importlib.import_module(name)
+for module in pkgutil.walk_packages(megatron_ponder.__path__, "megatron_ponder."):
+    importlib.import_module(module.name)

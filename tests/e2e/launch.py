@@ -1,7 +1,7 @@
 """Starting runs as a user does, on a small dataset; and reading what they left.
 
-`torchrun` starts real processes (ten seconds of imports each on a small machine); `run_main` calls
-the entry point in a process that is forked with everything imported, for single-process checks.
+`start_torchrun` is for tests of the launch itself: each process imports for seconds. `train` and
+`run_main` call the entry point in ranks that are forked with everything imported.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ SMALL = {
     "make_vocab_size_divisible_by": 16,
     "tokenizer_type": "NullTokenizer",
     "split": "90,10,0",
-    "micro_batch_size": 2,
+    "micro_batch_size": 4,
     "global_batch_size": 8,
     "lr": 1e-2,
     "lr_warmup_iters": 2,
@@ -102,14 +102,6 @@ def start_torchrun(num_ranks: int, arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def torchrun(num_ranks: int, arguments: list[str]) -> str:
-    """Run to the end; the output. Fails the test if the run fails."""
-    process = start_torchrun(num_ranks, arguments)
-    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT_S)
-    assert process.returncode == 0, output
-    return output
-
-
 def run_main(arguments: list[str], world_size: int = 1) -> tuple[int, str, str]:
     """Call the entry point in forked ranks.
 
@@ -117,6 +109,14 @@ def run_main(arguments: list[str], world_size: int = 1) -> tuple[int, str, str]:
         Exit code, stdout and stderr of rank 0.
     """
     return run_ranks(_main, world_size, arguments)[0]
+
+
+def train(arguments: list[str], world_size: int = 1) -> str:
+    """Call the entry point in forked ranks; stdout of rank 0. Fails the test if the run fails."""
+    by_rank = run_ranks(_main, world_size, arguments)
+    for code, out, err in by_rank:
+        assert code == 0, out + err
+    return by_rank[0][1]
 
 
 def _main(arguments: list[str]) -> tuple[int, str, str]:

@@ -1,16 +1,14 @@
 """What a user can get wrong: each time exit code 2 and a message, never a traceback."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import run_forked
 from tests.e2e import launch
-from tests.e2e.launch import ROOT, flags, run_main, start_torchrun
+from tests.e2e.launch import flags, run_main, start_torchrun
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +141,7 @@ def test_a_layout_that_does_not_fit_under_torchrun(folder: Path) -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_tools(command: list[str], expected: str, tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / command[0]), *command[1:]],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=launch.LAUNCH_TIMEOUT_S,
-    )
+    ended = run_forked(f"tools/{command[0]}", *command[1:], cwd=tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert expected in ended.stderr and "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []

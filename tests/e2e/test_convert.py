@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron_ponder.checkpoint.writer import save_checkpoint
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.runtime import distributed
-from tests.e2e.launch import ROOT
+from tests.commands import run_forked, run_fresh
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import build_training_state, small_config
 from tests.unit.convert.conversion import config_of
@@ -40,19 +41,7 @@ print(json.dumps({
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    """A command, which must not need anything of this process."""
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-
-def convert(*arguments: str) -> str:
+def convert(*arguments: str, run: Callable = run_forked) -> str:
     """The converter; its log."""
     ended = run("tools/convert_checkpoint.py", *arguments)
     assert ended.returncode == 0, ended.stderr
@@ -146,17 +135,18 @@ def test_export_with_its_tokenizer(kind: Any, tokenizers: dict[str, str], tmp_pa
 
 
 def test_stock_export_has_no_code(tmp_path: Path) -> None:
-    write_stock_model("qwen3", tmp_path / "source")
-    convert("import", "--hf-path", str(tmp_path / "source"), "--save", str(tmp_path / "checkpoint"))
-    folder = tmp_path / "exported"
-    flags = ("--load", str(tmp_path / "checkpoint"), "--hf-path", str(folder))
-    convert("export", *flags, "--without-tokenizer")
-    assert not list(folder.glob("*.py")) and "auto_map" not in config_of(folder)
+    """In fresh interpreters, which must need nothing of this process and warn of nothing."""
+    source, checkpoint, folder = (str(tmp_path / name) for name in ("hf", "run", "exported"))
+    write_stock_model("qwen3", Path(source))
+    convert("import", "--hf-path", source, "--save", checkpoint, run=run_fresh)
+    flags = ("--load", checkpoint, "--hf-path", folder, "--without-tokenizer")
+    convert("export", *flags, run=run_fresh)
+    assert not list(Path(folder).glob("*.py")) and "auto_map" not in config_of(Path(folder))
 
 
 def test_help_needs_no_torch() -> None:
     for arguments in (["--help"], ["import", "--help"], ["export", "--help"]):
-        ended = run("-X", "importtime", "tools/convert_checkpoint.py", *arguments)
+        ended = run_fresh("-X", "importtime", "tools/convert_checkpoint.py", *arguments)
         assert ended.returncode == 0 and "--hf-path" in ended.stdout
         imported = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
         assert "tyro" in imported and not imported & {"torch", "transformers", "megatron.core"}

@@ -1,25 +1,18 @@
 """merge_datasets, inspect_data and prepare_index as commands; the run finds what was prepared."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import run_forked, run_fresh
 from tests.e2e import launch
-from tests.e2e.launch import ROOT, flags, run_main
+from tests.e2e.launch import flags, run_main
 
 
 def run(tool: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=launch.LAUNCH_TIMEOUT_S,
-    )
+    return run_forked(f"tools/{tool}", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +41,7 @@ def test_indexes_are_ready_when_the_run_starts(prefix: str, tmp_path: Path) -> N
         "train_iters": 2,
         "lr_warmup_iters": 0,
     }
-    ended = run("prepare_index.py", "--world-size", 1, *flags(**settings))
+    ended = run_fresh("tools/prepare_index.py", "--world-size", 1, *flags(**settings))
     assert ended.returncode == 0, ended.stderr
     assert "train: " in ended.stdout and "valid: " in ended.stdout
     (folder,) = (tmp_path / "cache").iterdir()

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,9 @@ from megatron_ponder.inference.options import (
     GenerateOptions,
     SamplingOptions,
 )
+from tests.commands import run_forked, run_fresh
 from tests.e2e import launch
-from tests.e2e.launch import ROOT, flags, run_main, torchrun
+from tests.e2e.launch import flags, run_main, train
 from tests.ranks import RanksFailed, run_ranks
 from tests.unit.data.corpora import read_documents
 
@@ -35,16 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt to count, saved by two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("inference")
     prefix = launch.write_dataset(folder)
-    torchrun(
-        2,
-        flags(
-            data_path=prefix,
-            train_iters=60,
-            tensor_model_parallel_size=2,
-            num_jacobi_iterations=2,
-            save=folder / "run",
-        ),
-    )
+    settings = {"train_iters": 60, "micro_batch_size": 8, "num_jacobi_iterations": 2}
+    settings |= {"eval_iters": 0, "tensor_model_parallel_size": 2, "save": folder / "run"}
+    train(flags(data_path=prefix, **settings), world_size=2)
     return folder
 
 
@@ -181,26 +172,18 @@ def test_strides_and_several_r(folder: Path, tmp_path: Path) -> None:
 
 def test_command_lines(folder: Path) -> None:
     """As a user calls them."""
-    ended = []
-    load = ["--load", str(folder / "run")]
-    for command in (
-        ["evaluate.py", *load, "--data-path", str(folder / "corpus_text_document")],
-        ["generate.py", *load, "--prompt", "1 2 3", "--temperature", "0", "--max-new-tokens", "2"],
-        ["generate.py", *load, "--prompt", "1 2", "--prompt", "3", "--json", "--no-use-cache"],
-    ):
-        ended.append(
-            subprocess.run(
-                [sys.executable, str(ROOT / "tools" / command[0]), *command[1:]],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                timeout=launch.LAUNCH_TIMEOUT_S,
-            )
-        )
-        assert ended[-1].returncode == 0 and "Warning" not in ended[-1].stderr, ended[-1].stderr
-    assert json.loads(ended[0].stdout)["method"] == "ponderlm2"
-    assert ended[1].stdout == "1 2 3 4 5\n" and "2 tokens in " in ended[1].stderr
-    both = json.loads(ended[2].stdout)
+    load = ("--load", folder / "run")
+    prompt = ("--prompt", "1 2 3", "--temperature", 0, "--max-new-tokens", 2)
+    scored = run_fresh("tools/evaluate.py", *load, "--data-path", folder / "corpus_text_document")
+    written = run_fresh("tools/generate.py", *load, *prompt)
+    for ended in (scored, written):
+        assert ended.returncode == 0 and "Warning" not in ended.stderr, ended.stderr
+    assert json.loads(scored.stdout)["method"] == "ponderlm2"
+    assert written.stdout == "1 2 3 4 5\n" and "2 tokens in " in written.stderr
+    several = ("--prompt", "1 2", "--prompt", "3", "--json", "--no-use-cache")
+    ended = run_forked("tools/generate.py", *load, *several)
+    assert ended.returncode == 0, ended.stderr
+    both = json.loads(ended.stdout)
     assert [row["prompt"] for row in both["texts"]] == ["1 2", "3"] and not both["use_cache"]
 
 

@@ -1,26 +1,18 @@
 """tools/plan.py as a user calls it: whole reports, pictures, and refusals."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.launch import LAUNCH_TIMEOUT_S, ROOT
+from tests.commands import ROOT, run_forked, run_fresh
 
 RECIPE = str(ROOT / "examples/llama/ponderlm2-1.4b.yaml")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools/plan.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LAUNCH_TIMEOUT_S,
-    )
+    return run_forked("tools/plan.py", *arguments)
 
 
 def test_thousands_of_ranks(tmp_path: Path) -> None:
@@ -42,14 +34,15 @@ def test_thousands_of_ranks(tmp_path: Path) -> None:
 
 
 def test_text() -> None:
-    ended = run("--config", RECIPE, "--world-size", "8", "--device-memory-gib", "40")
+    arguments = ("--config", RECIPE, "--world-size", "8", "--device-memory-gib", "40")
+    ended = run_fresh("tools/plan.py", *arguments)
     assert ended.returncode == 0, ended.stderr
     for words in ("8 ranks", "passes of a forward", "memory of a rank", "bubble", "DOES NOT FIT"):
         assert words in ended.stdout
 
 
 def test_help_teaches() -> None:
-    ended = run("--help")
+    ended = run_fresh("tools/plan.py", "--help")
     assert ended.returncode == 0
     assert "--world-size" in ended.stdout and "--device-memory-gib" in ended.stdout
 

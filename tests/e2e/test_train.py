@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.ponder.training_plan import jacobi_iterations
 from tests.e2e import launch
-from tests.e2e.launch import flags, losses, records, run_main, stored_tensors, torchrun
+from tests.e2e.launch import flags, losses, records, run_main, stored_tensors, train
 
 TRAIN_ITERS = 14
 STOP_AT = 10
@@ -39,12 +39,13 @@ def _assert_same_tensors(first: Path, second: Path, iteration: int) -> None:
         assert torch.equal(actual[name], tensor), name
 
 
-def test_stop_and_resume_under_torchrun_is_exact(data_path: str, tmp_path: Path) -> None:
+def test_stop_and_resume_is_exact(data_path: str, tmp_path: Path) -> None:
     """Data parallel 2 with the distributed optimizer, random R, dropout, workers, log windows."""
     settings = {
         **RANDOM_R,
         "data_path": data_path,
         "train_iters": TRAIN_ITERS,
+        "micro_batch_size": 2,
         "use_distributed_optimizer": True,
         "hidden_dropout": 0.1,
         "num_workers": 1,
@@ -52,15 +53,15 @@ def test_stop_and_resume_under_torchrun_is_exact(data_path: str, tmp_path: Path)
         "eval_interval": 5,
     }
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    torchrun(2, flags(**settings, save=whole))
+    train(flags(**settings, save=whole), world_size=2)
     parts = {**settings, "save": parted, "load": parted, "tensorboard_dir": tmp_path / "tb"}
-    output = torchrun(2, flags(**parts, exit_interval=STOP_AT))
+    output = train(flags(**parts, exit_interval=STOP_AT), world_size=2)
     assert f"stopped after iteration {STOP_AT}: --exit-interval" in output
     # What a crash after the checkpoint would leave: a line too many, and half a line.
     metrics = parted / "metrics.jsonl"
     before = metrics.read_text()
     metrics.write_text(before + '{"split": "train", "iteration": 12}\n{"split": "tra')
-    output = torchrun(2, flags(**parts))
+    output = train(flags(**parts), world_size=2)
     assert "training is done" in output
 
     assert metrics.read_text().startswith(before)
@@ -73,9 +74,10 @@ def test_stop_and_resume_under_torchrun_is_exact(data_path: str, tmp_path: Path)
     assert [event.step for event in events.Scalars("lm loss validation")] == [5, 10, 14]
 
 
-def test_signal_to_one_rank_saves_on_all_and_the_run_goes_on(
+def test_signal_to_one_rank_saves_on_all_and_the_run_resumes(
     data_path: str, tmp_path: Path
 ) -> None:
+    """Under torchrun."""
     settings = {"data_path": data_path, "save": tmp_path, "load": tmp_path, "log_interval": 1}
     process = launch.start_torchrun(2, flags(**settings, train_iters=100_000))
     started = time.monotonic()
@@ -121,15 +123,15 @@ SHARED_SEQUENCES = {"context_parallel_size": 2, "recompute_granularity": "pass"}
     [pytest.param(2, TENSOR, marks=pytest.mark.slow), (4, PIPELINE | SHARED_SEQUENCES)],
     ids=["tensor", "pipeline and context"],
 )
-def test_a_checkpoint_of_one_process_goes_on_in_another_layout(
+def test_a_checkpoint_of_one_process_resumes_in_another_layout(
     num_ranks: int, layout: dict, data_path: str, tmp_path: Path
 ) -> None:
     """With the losses of the one process, in training and in evaluation."""
     one, other = tmp_path / "one", tmp_path / "other"
     settings = {**RANDOM_R, "data_path": data_path, "train_iters": 12, "save_interval": 6}
     settings["eval_interval"] = 9
-    assert run_main(flags(**settings, save=one))[0] == 0
-    torchrun(num_ranks, flags(**settings, **layout, load=one, ckpt_step=6, save=other))
+    train(flags(**settings, save=one))
+    train(flags(**settings, **layout, load=one, ckpt_step=6, save=other), num_ranks)
     expected, actual = losses(one), losses(other)
     assert list(actual) == list(range(7, 13))
     for iteration, loss in actual.items():
