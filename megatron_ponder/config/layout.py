@@ -31,6 +31,13 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // model_parallel_size
 
 
+def microbatches_per_step(config: ResolvedConfig, world_size: int) -> int:
+    """Micro-batches of a training iteration on each data-parallel rank."""
+    training = config.training
+    per_forward = training.micro_batch_size * data_parallel_size(config, world_size)
+    return training.global_batch_size // per_forward
+
+
 def layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     """The number of ranks, and layouts that are not there yet."""
     parallel = config.parallel

@@ -59,9 +59,19 @@ def linear_cross_entropy(
         fp32 [s, b].
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, MAX_CHUNK_BYTES // (weight.size(0) * hidden.element_size()))
+        chunk_tokens = default_chunk_tokens(weight.size(0), hidden.element_size())
     shard = _Shard(vocab_size, weight.size(0), tp_group, sequence_parallel, chunk_tokens)
     return _LinearCrossEntropy.apply(hidden, weight, labels, shard)
+
+
+def default_chunk_tokens(num_rows: int, element_bytes: int) -> int:
+    """Tokens in a chunk whose logits take `MAX_CHUNK_BYTES`, at least 1.
+
+    Args:
+        num_rows: of the output layer on this rank.
+        element_bytes: of a logit.
+    """
+    return max(1, MAX_CHUNK_BYTES // (num_rows * element_bytes))
 
 
 class _Shard:

@@ -24,7 +24,7 @@ gradient costs three times its forward, one without its forward only (`FlopCount
 import dataclasses
 
 from megatron_ponder.config.resolved import ResolvedModelConfig
-from megatron_ponder.ponder.plan import PassPlan
+from megatron_ponder.ponder.plan import Pass, PassPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,18 +92,10 @@ def count_parameters(model: ResolvedModelConfig) -> ParameterCounts:
     """
     hidden = model.hidden_size
     has_learned_positions = model.position_embedding_type == "learned_absolute"
-    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
-    modules = linear_modules(model)
-    layer = sum(inputs * outputs for inputs, outputs in modules) + 2 * norm
-    layer += sum(
-        outputs
-        for (_, outputs), has_bias in zip(modules, linear_biases(model), strict=True)
-        if has_bias
-    )
-    layer += head_norm_parameters(model)
+    norm = norm_parameters(model, hidden)
     embedding = model.vocab_size * hidden
     positions = model.max_position_embeddings * hidden if has_learned_positions else 0
-    layers = model.num_layers * layer
+    layers = model.num_layers * layer_parameters(model)
     head = embedding if model.untie_embeddings_and_output_weights else 0
     return ParameterCounts(
         embedding=embedding,
@@ -115,6 +107,31 @@ def count_parameters(model: ResolvedModelConfig) -> ParameterCounts:
     )
 
 
+def layer_parameters(model: ResolvedModelConfig, tensor_parallel_size: int = 1) -> int:
+    """Parameters of a layer on one tensor-parallel rank.
+
+    Norms and the biases of row-parallel modules (attention output, MLP out) are on every rank.
+
+    Args:
+        model: resolved.
+        tensor_parallel_size: ranks that share the layer.
+    """
+    modules = linear_modules(model, tensor_parallel_size)
+    weights = sum(inputs * outputs for inputs, outputs in modules)
+    biases = sum(
+        outputs
+        for (_, outputs), has_bias in zip(modules, linear_biases(model), strict=True)
+        if has_bias
+    )
+    norms = 2 * norm_parameters(model, model.hidden_size) + head_norm_parameters(model)
+    return weights + biases + norms
+
+
+def norm_parameters(model: ResolvedModelConfig, width: int) -> int:
+    """Parameters of one norm: a scale, and with LayerNorm a shift."""
+    return width * (2 if model.normalization == "LayerNorm" else 1)
+
+
 def forward_flops(model: ResolvedModelConfig, plan: PassPlan, seq_length: int) -> FlopCounts:
     """FLOPs of one forward over one sequence; the module says what is counted.
 
@@ -123,23 +140,39 @@ def forward_flops(model: ResolvedModelConfig, plan: PassPlan, seq_length: int) -
         plan: the passes that are run.
         seq_length: tokens in the sequence.
     """
-    weights = [inputs * outputs for inputs, outputs in linear_modules(model)]
-    attention_width = model.num_attention_heads * model.kv_channels
     head = 2 * seq_length * model.hidden_size * model.vocab_size
     passes = []
     for pass_ in plan.passes:
-        slots, read_slots = pass_.slots_per_token * seq_length, pass_.outputs_per_token * seq_length
-        last_layer = slots * weights[0] + read_slots * sum(weights[1:])
+        inner, attention = layer_flops(model, pass_, seq_length, is_last_layer=False)
+        last, _ = layer_flops(model, pass_, seq_length, is_last_layer=True)
         passes.append(
             PassFlops(
-                linear=2 * ((model.num_layers - 1) * slots * sum(weights) + last_layer),
-                attention=model.num_layers * 2 * slots**2 * attention_width,
+                linear=(model.num_layers - 1) * inner + last,
+                attention=model.num_layers * attention,
                 head=head if plan.is_last(pass_) else 0,
                 mixture=2 * head * pass_.outputs_per_token if pass_.mixes_embeddings else 0,
                 has_grad=plan.has_grad(pass_),
             )
         )
     return FlopCounts(passes=tuple(passes))
+
+
+def layer_flops(
+    model: ResolvedModelConfig, pass_: Pass, seq_length: int, *, is_last_layer: bool
+) -> tuple[int, int]:
+    """FLOPs of one layer in a pass over one sequence: linear modules, and attention.
+
+    Args:
+        model: resolved.
+        pass_: the pass.
+        seq_length: tokens in the sequence.
+        is_last_layer: of the model, which drops unused slots after its attention.
+    """
+    slots = pass_.slots_per_token * seq_length
+    used = pass_.outputs_per_token * seq_length if is_last_layer else slots
+    qkv, *others = (inputs * outputs for inputs, outputs in linear_modules(model))
+    attention_width = model.num_attention_heads * model.kv_channels
+    return 2 * (slots * qkv + used * sum(others)), 2 * slots**2 * attention_width
 
 
 def linear_biases(model: ResolvedModelConfig) -> tuple[bool, bool, bool, bool]:
@@ -153,13 +186,21 @@ def head_norm_parameters(model: ResolvedModelConfig) -> int:
     """Parameters of the norms of queries and keys of a layer, which every rank has whole."""
     if not model.qk_layernorm:
         return 0
-    return 2 * model.kv_channels * (2 if model.normalization == "LayerNorm" else 1)
+    return 2 * norm_parameters(model, model.kv_channels)
 
 
-def linear_modules(model: ResolvedModelConfig) -> list[tuple[int, int]]:
-    """(inputs, outputs) of a layer's linear modules: QKV, attention output, MLP in, MLP out."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    attention_width = model.num_attention_heads * model.kv_channels
-    qkv_width = attention_width + 2 * model.num_query_groups * model.kv_channels
+def linear_modules(
+    model: ResolvedModelConfig, tensor_parallel_size: int = 1
+) -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's linear modules: QKV, attention output, MLP in, MLP out.
+
+    Args:
+        model: resolved.
+        tensor_parallel_size: ranks that share the layer; widths are those of one of them.
+    """
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size // tensor_parallel_size
+    attention_width = model.num_attention_heads * model.kv_channels // tensor_parallel_size
+    key_value_width = model.num_query_groups * model.kv_channels // tensor_parallel_size
+    qkv_width = attention_width + 2 * key_value_width
     mlp_width = 2 * ffn if model.activation == "swiglu" else ffn
     return [(hidden, qkv_width), (attention_width, hidden), (hidden, mlp_width), (ffn, hidden)]

@@ -21,7 +21,12 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ponder.ponder.chunks import Chunk, max_sends_kept
+from megatron_ponder.ponder.chunks import (
+    Chunk,
+    activation_sent,
+    gradient_sent,
+    max_sends_kept,
+)
 from megatron_ponder.runtime.distributed import backward_pipeline_group, process_groups
 
 Lengths = Iterator[int | None]
@@ -175,9 +180,8 @@ def _activation_lengths(
 
     The first stage receives what the last one hands on from each chunk but the last.
     """
-    if is_first:
-        return iter([c.handed_on_per_token for c in order if c is not chunks[-1]])
-    return iter([c.sent_per_token for c in order])
+    producers = [c for c in order if not is_first or c is not chunks[-1]]
+    return iter([activation_sent(chunks, c, is_last_stage=is_first) for c in producers])
 
 
 def _gradient_lengths(order: Sequence[Chunk], chunks: Sequence[Chunk], *, is_last: bool) -> Lengths:
@@ -185,8 +189,6 @@ def _gradient_lengths(order: Sequence[Chunk], chunks: Sequence[Chunk], *, is_las
 
     The last stage receives, from the first, the gradient of what it handed on to each chunk.
     """
-    backward_order = [chunks[-1 - c.index] for c in order]
-    if is_last:
-        producers = [chunks[c.index - 1] for c in backward_order if c.index > 0]
-        return iter([c.handed_on_per_token if c.has_grad else None for c in producers])
-    return iter([c.sent_per_token if c.has_grad else None for c in backward_order])
+    senders = [chunks[-1 - c.index] for c in order]
+    senders = [c for c in senders if not is_last or c.index > 0]
+    return iter([gradient_sent(chunks, c, is_first_stage=is_last) or None for c in senders])

@@ -18,13 +18,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor
 
 from megatron_ponder.config.resolved import ResolvedConfig
-from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.build import build_model_chunks
 from megatron_ponder.model.init import name_in_whole_model
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.ponder.method import Method
-from megatron_ponder.ponder.plan import PassPlan
-from megatron_ponder.ponder.training_plan import possible_plans
+from megatron_ponder.ponder.training_plan import check_hook_counts
 from megatron_ponder.runtime.distributed import process_groups
 
 
@@ -105,40 +103,3 @@ def wrap_data_parallel(modules: list[PonderGPTModel], config: ResolvedConfig) ->
             for position, module in enumerate(modules)
         ]
     )
-
-
-def check_hook_counts(config: ResolvedConfig, method: Method) -> None:
-    """Refuse an overlapped reduction that could start before a gradient is complete.
-
-    Raises:
-        ConfigError: passes have backwards of their own and their number changes between steps; or
-            the embedding gets no gradient, which megatron-core waits for.
-    """
-    if not all(map(_has_gradient_of_embedding, possible_plans(method))):
-        raise ConfigError(
-            f"--overlap-grad-reduce with --jacobi-grad-passes {config.method.jacobi_grad_passes}: "
-            "no pass with a gradient reads the embedding, or mixes it, and reduction would wait "
-            f"for a gradient that never comes (--method {config.method.method}). Leave "
-            "--overlap-grad-reduce out, or --jacobi-grad-passes."
-        )
-    pipelined = config.parallel.pipeline_model_parallel_size > 1
-    recomputed = config.training.recompute_granularity in ("full", "pass")
-    if not pipelined and not recomputed:
-        return
-    counts = {len(p.passes) - p.first_grad_pass for p in possible_plans(method)}
-    if len(counts) > 1:
-        why = "--pipeline-model-parallel-size" if pipelined else "--recompute-granularity"
-        raise ConfigError(
-            f"--overlap-grad-reduce with {why} and a random R: reduction starts when a gradient "
-            "has as many parts as in the first step. Steps here have from "
-            f"{min(counts)} to {max(counts)} passes with a gradient, so it could start before a "
-            "gradient is complete, or never. Leave --overlap-grad-reduce out, or fix R (no "
-            "--random-jacobi-iterations), or fix the passes with a gradient (--jacobi-grad-passes)."
-        )
-
-
-def _has_gradient_of_embedding(plan: PassPlan) -> bool:
-    """Whether the embedding, and its copy on the last pipeline stage, get a gradient."""
-    passes = [pass_ for pass_ in plan.passes if plan.has_grad(pass_)]
-    mixes = not plan.mixes_embeddings or any(pass_.mixes_embeddings for pass_ in passes)
-    return mixes and any(pass_.embeds_tokens for pass_ in passes)

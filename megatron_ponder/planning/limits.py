@@ -1,20 +1,27 @@
-"""What bounds a layout, how far the run is from each bound, and what would make it fit a device."""
+"""What bounds a layout, how far the run is from each bound, and what would make it fit a device.
+
+No rule is stated here: a bound is found by asking whether training would accept the next size.
+"""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from megatron_ponder.config.layout import data_parallel_size, flag_of, padded_vocab_size
-from megatron_ponder.config.resolve import resolve
-from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.config.layout import flag_of
 from megatron_ponder.errors import ConfigError
+from megatron_ponder.planning.flops import chunk_flops
 from megatron_ponder.planning.memory import stage_memory
-from megatron_ponder.planning.recompute import KEEP_ALL, recomputations
-from megatron_ponder.planning.work import chunk_flops
+from megatron_ponder.planning.run import GIB, PlannedRun
 from megatron_ponder.ponder.plan import PassPlan
 
-BYTES_PER_GIB = 1 << 30
+Settings = dict[str, Any]
+KEEP_ALL: Settings = {
+    "recompute_granularity": None,
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+    "recompute_num_passes": None,
+}
+"""Settings of a run that recomputes nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,153 +41,101 @@ class Limit:
         return self.now >= self.most
 
 
-def find_limits(
-    config: ResolvedConfig, world_size: int, num_microbatches: int
-) -> list[dict[str, Any]]:
-    """Bounds of tensor, pipeline, context and data parallelism, each with the others as they are.
-
-    Args:
-        config: resolved, so that no bound is passed.
-        world_size: ranks.
-        num_microbatches: of a step on each data-parallel rank.
-    """
-    replicas = data_parallel_size(config, world_size)
-    limits = (
-        _tensor(config, replicas),
-        _pipeline(config, replicas, num_microbatches),
-        _context(config, replicas),
-        _data(config, replicas),
-    )
+def find_limits(run: PlannedRun) -> list[dict[str, Any]]:
+    """Bounds of tensor, pipeline, context and data parallelism, each with the others unchanged."""
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    limits = [*(_model_parallel_limit(run, name) for name in names), _data_parallel_limit(run)]
     return [dataclasses.asdict(limit) | {"binds": limit.binds} for limit in limits]
 
 
-def _largest(now: int, replicas: int, is_possible: Callable[[int], bool]) -> int:
-    """The largest size that the ranks allow if data parallelism makes room for it."""
-    sizes = range(now, now * replicas + 1)
-    return max(s for s in sizes if s == now or (now * replicas % s == 0 and is_possible(s)))
+def _model_parallel_limit(run: PlannedRun, name: str) -> Limit:
+    """The largest size that training accepts, with ranks taken from data parallelism."""
+    now = run.config.to_flat_dict()[name]
+    num_ranks = now * run.replicas
+    most, refusals = now, {}
+    for size in (size for size in range(now + 1, num_ranks + 1) if num_ranks % size == 0):
+        try:
+            run.changed(**{name: size})
+            most = size
+        except ConfigError as error:
+            refusals[size] = str(error).split("\n  - ")[:2][-1]
+    why = next((f"{size}: {why}" for size, why in refusals.items() if size > most), None)
+    return Limit(name=name, now=now, most=most, why=why or "no data-parallel ranks are left")
 
 
-def _tensor(config: ResolvedConfig, replicas: int) -> Limit:
-    """Heads, widths, vocabulary."""
-    model, now = config.model, config.parallel.tensor_model_parallel_size
-    divided = math.gcd(
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.ffn_hidden_size,
-        padded_vocab_size(model),
-    )
-    return Limit(
-        name="tensor_model_parallel_size",
-        now=now,
-        most=_largest(now, replicas, lambda size: divided % size == 0),
-        why=f"it must divide {model.num_attention_heads} heads, {model.num_query_groups} key/value "
-        f"heads, the MLP width {model.ffn_hidden_size}, the padded vocabulary "
-        f"{padded_vocab_size(model)} and the ranks",
-    )
-
-
-def _pipeline(config: ResolvedConfig, replicas: int, num_microbatches: int) -> Limit:
-    """Layers and, with several chunks, micro-batches."""
-    parallel, num_layers = config.parallel, config.model.num_layers
-    now, chunks = (
-        parallel.pipeline_model_parallel_size,
-        parallel.num_virtual_stages_per_pipeline_rank,
-    )
-
-    def is_possible(size: int) -> bool:
-        if num_layers % (size * chunks):
-            return False
-        # Fewer replicas have more micro-batches each.
-        return num_microbatches * size // now % size == 0
-
-    return Limit(
-        name="pipeline_model_parallel_size",
-        now=now,
-        most=_largest(now, replicas, is_possible),
-        why=f"{num_layers} layers in {chunks} chunk(s) per stage must divide by it, and the "
-        f"micro-batches of a replica, {num_microbatches} now",
-    )
-
-
-def _context(config: ResolvedConfig, replicas: int) -> Limit:
-    """Tokens of a sequence."""
-    now, tokens = config.parallel.context_parallel_size, config.data.seq_length
-    return Limit(
-        name="context_parallel_size",
-        now=now,
-        most=_largest(now, replicas, lambda size: tokens % (2 * size) == 0),
-        why=f"twice of it must divide the {tokens} tokens of a sequence",
-    )
-
-
-def _data(config: ResolvedConfig, replicas: int) -> Limit:
+def _data_parallel_limit(run: PlannedRun) -> Limit:
     """Micro-batches of the global batch."""
-    training, stages = config.training, config.parallel.pipeline_model_parallel_size
+    training = run.config.training
     num_microbatches = training.global_batch_size // training.micro_batch_size
     return Limit(
         name="data_parallel_size",
-        now=replicas,
-        most=num_microbatches // stages,
+        now=run.replicas,
+        most=num_microbatches // run.num_stages,
         why=f"a step has {num_microbatches} micro-batches, and each replica needs a multiple of "
-        f"{stages}",
+        f"{run.num_stages}",
     )
 
 
-def find_remedies(
-    config: ResolvedConfig, plan: PassPlan, world_size: int, available_bytes: float
-) -> list[dict[str, Any]]:
-    """Single changes to a run that is too large, with the memory of the fullest rank after each.
+def find_remedies(run: PlannedRun, available_bytes: float) -> list[dict[str, Any]]:
+    """Single changes to a run that is too large, with the memory of the largest stage after each.
 
     Args:
-        config: resolved.
-        plan: the passes.
-        world_size: ranks.
+        run: the run.
         available_bytes: of a device.
     """
-    found = []
-    now = config.to_flat_dict()
-    for flags, changes in _changes(config, plan):
+    remedies = []
+    now = run.config.to_flat_dict()
+    for flags, changes in _changes(run):
         if all(now[name] == value for name, value in changes.items()):
             continue
         try:
-            changed = resolve(config.replaced(**changes), world_size=world_size)
-            replicas = data_parallel_size(changed, world_size) * changed.training.micro_batch_size
-            num_microbatches = changed.training.global_batch_size // replicas
-            grad_plan = plan.with_grad_passes(changed.method.jacobi_grad_passes)
-            stages = stage_memory(changed, grad_plan, world_size, num_microbatches)
+            changed = run.changed(**changes)
+            total = max(stage.total for stage in stage_memory(changed))
         except ConfigError:
             continue  # this run cannot have it
-        total = max(stage.total for stage in stages)
-        found.append(
+        remedies.append(
             {
                 "change": flags,
-                "total_gib": total / BYTES_PER_GIB,
+                "total_gib": total / GIB,
                 "fits": total <= available_bytes,
-                "recomputed_flops_share": chunk_flops(changed, grad_plan).recomputed_share,
+                "recomputed_flops_share": chunk_flops(changed).recomputed_share,
             }
         )
-    return sorted(found, key=lambda remedy: remedy["total_gib"])
+    return sorted(remedies, key=lambda remedy: remedy["total_gib"])
 
 
-def _changes(config: ResolvedConfig, plan: PassPlan) -> Iterator[tuple[str, dict[str, Any]]]:
+def recompute_choices(plan: PassPlan) -> Iterator[Settings]:
+    """What a run can recompute, as changes to KEEP_ALL; the cheapest first.
+
+    Units of several layers, and of some layers, are left out.
+    """
+    yield {"recompute_granularity": "selective"}
+    for n in range(1, len(plan.passes) - plan.first_grad_pass - 1):
+        yield {"recompute_granularity": "pass", "recompute_num_passes": n}
+    yield {"recompute_granularity": "pass"}
+    yield {"recompute_granularity": "full"}
+
+
+def _changes(run: PlannedRun) -> Iterator[tuple[str, Settings]]:
     """What could be changed, as flags and as settings."""
-    for settings in recomputations(plan):
-        flags = " ".join(f"{flag_of(name)} {value}" for name, value in settings.items())
-        yield flags, KEEP_ALL | settings
-    parallel, training = config.parallel, config.training
-    if not parallel.use_distributed_optimizer:
-        yield "--use-distributed-optimizer", {"use_distributed_optimizer": True}
-    if not training.bf16:
-        yield "--bf16", {"bf16": True}
-    if training.micro_batch_size > 1:
-        half = training.micro_batch_size // 2
-        yield f"--micro-batch-size {half}", {"micro_batch_size": half}
-    size = 2 * parallel.tensor_model_parallel_size
-    yield (
-        f"--tensor-model-parallel-size {size} --sequence-parallel",
-        {"tensor_model_parallel_size": size, "sequence_parallel": True},
+    parallel, training = run.config.parallel, run.config.training
+    for settings in recompute_choices(run.plan):
+        yield _flags(settings), KEEP_ALL | settings
+    tensor_parallel = 2 * parallel.tensor_model_parallel_size
+    changes: list[Settings] = [
+        {"use_distributed_optimizer": True},
+        {"bf16": True},
+        {"micro_batch_size": training.micro_batch_size // 2},
+        {"tensor_model_parallel_size": tensor_parallel, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2 * parallel.pipeline_model_parallel_size},
+        {"context_parallel_size": 2 * parallel.context_parallel_size},
+    ]
+    for settings in changes:
+        yield _flags(settings), settings
+
+
+def _flags(settings: Settings) -> str:
+    return " ".join(
+        flag_of(name) if value is True else f"{flag_of(name)} {value}"
+        for name, value in settings.items()
     )
-    size = 2 * parallel.pipeline_model_parallel_size
-    yield f"--pipeline-model-parallel-size {size}", {"pipeline_model_parallel_size": size}
-    size = 2 * parallel.context_parallel_size
-    yield f"--context-parallel-size {size}", {"context_parallel_size": size}

@@ -1,33 +1,22 @@
-"""The report of `plan_scaling` for people: one line for each number of devices."""
+"""The report of `plan_scaling` as text: one line for each number of devices."""
 
 from typing import Any
 
+from megatron_ponder.planning.run import GIB
 from megatron_ponder.planning.scaling import COMPARED_METHOD, MEMORY_KINDS, SENT_KINDS
-from megatron_ponder.planning.text import table
+from megatron_ponder.tables import text_table
 
-GIB = 1 << 30
-HEADER = (
-    "devices",
-    "layout",
-    "computed again",
-    "s/step",
-    "computing",
-    "TP",
-    "CP",
-    "bubble",
-    "DP",
-    "tokens/s per device",
-    "tokens/s",
-    "GiB/rank",
-    f"time / {COMPARED_METHOD}'s",
-    f"time / {COMPARED_METHOD}'s best",
-)
+HEADER = [
+    *("devices", "layout", "recompute", "s/step", "compute", "TP", "CP", "bubble", "DP"),
+    *("tokens/s per device", "tokens/s", "GiB/rank"),
+    *(f"time / {COMPARED_METHOD}'s", f"time / {COMPARED_METHOD}'s best"),
+]
 NOTHING = "-"
 
 
 def as_text(result: dict[str, Any]) -> str:
     """Tables one below the other."""
-    assumed = result["assumed"]
+    assumed, same = result["assumed"], f"GiB (in parentheses: {COMPARED_METHOD}, same layout)"
     sections = [
         [
             f"PREDICTED, nothing here was run: {run_title(result)}",
@@ -39,15 +28,17 @@ def as_text(result: dict[str, Any]) -> str:
         [
             f"best layouts (shares of a step; last: over {COMPARED_METHOD}'s time in the same "
             "layout, and in its own best one; v: layer chunks per stage, b: micro-batch)",
-            *table(list(HEADER), table_rows(result)),
+            *text_table(HEADER, table_rows(result)),
         ],
         [
-            f"sent by a rank in a step, GiB (in parentheses: {COMPARED_METHOD}, same layout)",
-            *table(["devices", *SENT_KINDS], byte_rows(result, "sent_bytes_per_step", SENT_KINDS)),
+            f"sent by a rank in a step, {same}",
+            *text_table(["devices", *SENT_KINDS], sent_rows(result)),
         ],
         [
-            f"memory of the fullest rank, GiB (in parentheses: {COMPARED_METHOD}, same layout)",
-            *table(["devices", *MEMORY_KINDS], byte_rows(result, "memory_bytes", MEMORY_KINDS)),
+            f"memory of the rank that needs most, {same}",
+            *text_table(
+                ["devices", *MEMORY_KINDS], _gib_rows(result, "memory_bytes", MEMORY_KINDS)
+            ),
         ],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -61,6 +52,11 @@ def run_title(result: dict[str, Any]) -> str:
         f"K={run['num_latent_thoughts']} R={run['num_jacobi_iterations']}, "
         f"{run['global_batch_size']} x {run['seq_length']} tokens a step"
     )
+
+
+def fitting_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of numbers of devices for which a layout fits."""
+    return [row for row in result["rows"] if row["layout"] is not None]
 
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -107,21 +103,18 @@ def layout_name(layout: dict[str, Any], separator: str = " ") -> str:
     return separator.join([*parts, f"b{layout['micro_batch_size']}"])
 
 
-def byte_rows(result: dict[str, Any], figure: str, kinds: tuple[str, ...]) -> list[list[str]]:
-    """Both methods' bytes by kind, in GiB, under the number of devices.
+def sent_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Both methods' GiB sent in a step, by kind, for each number of devices."""
+    return _gib_rows(result, "sent_bytes_per_step", SENT_KINDS)
 
-    Args:
-        result: of `plan_scaling`.
-        figure: which bytes.
-        kinds: the columns.
-    """
+
+def _gib_rows(result: dict[str, Any], figure: str, kinds: tuple[str, ...]) -> list[list[str]]:
     rows = []
-    for row in result["rows"]:
-        if row["layout"] is not None:
-            ours, compared = row["ours"][figure], row["compared"][figure]
-            cells = [
-                f"{ours[kind] / GIB:.2f} ({compared[kind] / GIB:.2f})" if ours[kind] else NOTHING
-                for kind in kinds
-            ]
-            rows.append([str(row["world_size"]), *cells])
+    for row in fitting_rows(result):
+        ours, compared = row["ours"][figure], row["compared"][figure]
+        cells = [
+            f"{ours[kind] / GIB:.2f} ({compared[kind] / GIB:.2f})" if ours[kind] else NOTHING
+            for kind in kinds
+        ]
+        rows.append([str(row["world_size"]), *cells])
     return rows

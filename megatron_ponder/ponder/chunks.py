@@ -13,6 +13,7 @@ schedule, the communicator, the timeline and the memory accounting read the same
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from megatron_ponder.ponder.plan import Pass, PassPlan
 
@@ -63,6 +64,38 @@ def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, .
         for pass_ in plan.passes
         for layer_chunk in range(num_layer_chunks)
     )
+
+
+def activation_sent(chunks: Sequence[Chunk], chunk: Chunk, *, is_last_stage: bool) -> int:
+    """Vectors per token that a stage sends after the forward of a chunk; 0: nothing.
+
+    The last stage sends to the first, for the next chunk.
+
+    Args:
+        chunks: of the whole plan.
+        chunk: the chunk that has just run.
+        is_last_stage: whether the stage is the last.
+    """
+    if not is_last_stage:
+        return chunk.sent_per_token
+    return 0 if chunk is chunks[-1] else chunk.handed_on_per_token
+
+
+def gradient_sent(chunks: Sequence[Chunk], chunk: Chunk, *, is_first_stage: bool) -> int:
+    """Vectors per token that a stage sends after the backward of a chunk; 0: nothing.
+
+    The first stage sends to the last, for the chunk before.
+
+    Args:
+        chunks: of the whole plan.
+        chunk: the chunk whose backward is due.
+        is_first_stage: whether the stage is the first.
+    """
+    if not is_first_stage:
+        return chunk.sent_per_token if chunk.has_grad else 0
+    if chunk.index == 0 or not chunks[chunk.index - 1].has_grad:
+        return 0
+    return chunks[chunk.index - 1].handed_on_per_token
 
 
 def max_sends_kept(num_pipeline_stages: int, num_chunks: int) -> int:

@@ -17,6 +17,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_ponder.config.layout import microbatches_per_step
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.optim.adamw import learning_rate
 from megatron_ponder.optim.update import clipped_update, gradient_norm
@@ -87,8 +88,7 @@ class PendingStep:
 
 def num_microbatches(config: ResolvedConfig) -> int:
     """Micro-batches that each data-parallel rank runs per iteration."""
-    per_pass = config.training.micro_batch_size * ranks().data_parallel_size
-    return config.training.global_batch_size // per_pass
+    return microbatches_per_step(config, ranks().world_size)
 
 
 def train_step(

@@ -8,7 +8,7 @@ from tests.rules.sources import PACKAGE, Source, imported_modules
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors log config",
+        "errors log config figures tables",
         "runtime",
         "kernels",
         "ponder data",
