@@ -33,10 +33,12 @@ from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import CheckpointConfig, ModelConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
+from megatron_ponder.planning.flops import simulate_step
+from megatron_ponder.planning.limits import KEEP_ALL, recompute_choices
 from megatron_ponder.planning.memory import stage_memory
-from megatron_ponder.planning.options import PlanOptions
-from megatron_ponder.planning.recompute import KEEP_ALL, recomputations
-from megatron_ponder.planning.report import largest_plan, microbatches_per_step, simulate_step
+from megatron_ponder.planning.run import PlannedRun
+from megatron_ponder.ponder.method import load_method
+from megatron_ponder.ponder.training_plan import possible_plans
 
 SMALL_BASE: dict[str, Any] = {
     "num_layers": 4,
@@ -229,7 +231,7 @@ def _methods(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:
 
 def _recomputation(options: CurvesBenchmarkOptions, config: RunConfig) -> Values:
     yield "none", KEEP_ALL
-    for settings in recomputations(largest_plan(config)):
+    for settings in recompute_choices(possible_plans(load_method(config.method))[-1]):
         yield " ".join(map(str, settings.values())), KEEP_ALL | settings
 
 
@@ -266,14 +268,12 @@ def predict(config: ResolvedConfig, world_size: int) -> Prediction:
         config: resolved.
         world_size: ranks.
     """
-    plan = largest_plan(config)
-    num_microbatches = microbatches_per_step(config, world_size)
-    memory = stage_memory(config, plan, world_size, num_microbatches)
-    flops = forward_flops(config.model, plan, config.data.seq_length).training
+    run = PlannedRun(config, world_size)
+    flops = forward_flops(config.model, run.plan, config.data.seq_length).training
     return Prediction(
         flops=flops * config.training.global_batch_size,
-        seconds=simulate_step(PlanOptions(world_size=world_size), config, plan).makespan_s,
-        memory_bytes=max(stage.total for stage in memory),
+        seconds=simulate_step(run, tflops=100.0).makespan_s,
+        memory_bytes=max(stage.total for stage in stage_memory(run)),
     )
 
 

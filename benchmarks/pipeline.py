@@ -33,7 +33,7 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.planning.order import Pipeline, Work
 from megatron_ponder.planning.picture import draw_timeline
-from megatron_ponder.planning.report import microbatches_per_step, run_pipeline
+from megatron_ponder.planning.run import PlannedRun
 from megatron_ponder.planning.timeline import (
     Event,
     Timeline,
@@ -78,7 +78,7 @@ def benchmark_pipeline(
     from benchmarks.train import environment
 
     world_size = _world_size(config)
-    pipeline = run_pipeline(config, microbatches_per_step(config, world_size))
+    pipeline = PlannedRun(config, world_size).pipeline()
     answers = _run_ranks(options, config, world_size)
     per_stage = world_size // pipeline.num_pipeline_stages
     latency_s = max(latency for latency, _ in answers)

@@ -1,68 +1,73 @@
-"""Says what a run needs before it runs: memory per rank, FLOPs, pipeline bubble, communication.
+r"""Predicts what a run needs: memory per rank, FLOPs, pipeline bubble, communication.
 
     python tools/plan.py --config examples/llama/ponderlm2-1.4b.yaml --world-size 64
-    python tools/plan.py --config X.yaml --world-size 1024 --pipeline-model-parallel-size 8 \
-        --bf16 --device-memory-gib 78
-    python tools/plan.py --config X.yaml --world-size 16 --pipeline-model-parallel-size 4 \
-        --timeline step.png --json
-    python tools/plan.py scaling --preset pythia-12b --bf16 --global-batch-size 1024 \
-        --num-jacobi-iterations 3 --world-sizes 8 64 512 4096 --picture scaling.png
+    python tools/plan.py --config X.yaml --world-size 64 --bf16 --device-memory-gib 78
+    python tools/plan.py --preset gpt2 --seq-length 1024 --world-size 8 --timeline step.png
+    python tools/plan.py scaling --help
 
-Takes every setting of megatron_ponder.pretrain (its --help lists them), checks them as training
-does, and the flags below. Needs no GPU, no data and no other ranks. A layout that training would
-refuse ends with exit code 2 and what to change; one that is too large for --device-memory-gib is
-reported as such, with what each of several changes would bring, and exit code 0.
+Takes the flags below and every setting of megatron_ponder.pretrain (its --help lists them), and
+checks the settings as training does. Needs no GPU, no data and no other ranks. If training would
+refuse the settings, the exit code is 2 and the message says what to change. A run that is too large
+for --device-memory-gib is no error: the report says so, and what single changes would bring.
 
-`scaling` looks for the best layout of every number of devices: see its own --help.
+The peak memory is within 10% of measured ones. Time is FLOPs over --assumed-tflops: use it to
+compare layouts, not to predict seconds. docs/parallelism.md explains all figures.
 
-Memory is within 10% of measured peaks. Time is FLOPs over --assumed-tflops: compare layouts by it,
-do not expect it. docs/parallelism.md explains all of it.
+`tools/plan.py scaling` searches the best layout for each of several numbers of devices.
 """
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from megatron_ponder import log
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import exit_on_user_error
-from megatron_ponder.planning.options import PlanOptions
-from megatron_ponder.planning.scaling_options import ScalingOptions
+from megatron_ponder.planning.options import PlanOptions, ScalingOptions
+
+SCALING = r"""Searches the best layout of a run for each of several numbers of devices.
+
+    python tools/plan.py scaling --preset pythia-12b --bf16 --global-batch-size 1024 \
+        --num-jacobi-iterations 3 --world-sizes 8 64 512 4096 --picture scaling.png
+
+Takes the flags below and every setting of megatron_ponder.pretrain (its --help lists them), of
+which --global-batch-size must be given; layout, micro-batch and recompute settings are replaced.
+All results are predictions. docs/parallelism.md explains how they are made.
+"""
 
 
 @exit_on_user_error
 def main() -> None:
     """Parse flags, plan, print."""
-    is_scaling = sys.argv[1:2] == ["scaling"]
-    command, kind = (_scale, ScalingOptions) if is_scaling else (_plan, PlanOptions)
-    command(*_parse(kind, "tools/plan.py", sys.argv[1 + is_scaling :]))
+    if sys.argv[1:2] == ["scaling"]:
+        _scale(*_parse(ScalingOptions, "tools/plan.py scaling", SCALING, sys.argv[2:]))
+    else:
+        _plan(*_parse(PlanOptions, "tools/plan.py", __doc__, sys.argv[1:]))
 
 
-def _parse(kind: type, prog: str, arguments: Sequence[str]) -> tuple[Any, RunConfig]:
-    options, settings = tyro.cli(
-        kind, prog=prog, description=__doc__, args=arguments, return_unknown_args=True
-    )
+def _parse(kind: type, prog: str, description: str, arguments: list[str]) -> tuple[Any, RunConfig]:
+    known = {"prog": prog, "description": description, "return_unknown_args": True}
+    options, settings = tyro.cli(kind, args=arguments, **known)
     config = parse_args(settings, prog=prog)
-    from megatron_ponder import log
-
     log.configure()  # before imports that warn
     return options, config
 
 
 def _plan(options: PlanOptions, config: RunConfig) -> None:
     from megatron_ponder.planning.picture import draw_step
-    from megatron_ponder.planning.report import plan_run, resolve_on_paper
+    from megatron_ponder.planning.report import plan_run
+    from megatron_ponder.planning.run import PlannedRun
     from megatron_ponder.planning.text import as_text
 
-    config = resolve_on_paper(config, options.world_size)
-    result = plan_run(options, config)
+    run = PlannedRun.resolved(config, options.world_size)
+    result = plan_run(options, run)
     print(json.dumps(result, indent=1) if options.json else as_text(result))
     if options.timeline:
-        draw_step(options, config, Path(options.timeline))
+        draw_step(run, Path(options.timeline), options.assumed_tflops)
 
 
 def _scale(options: ScalingOptions, config: RunConfig) -> None:

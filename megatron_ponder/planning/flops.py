@@ -8,7 +8,7 @@ import dataclasses
 
 from megatron_ponder.model.size import forward_flops, layer_flops
 from megatron_ponder.planning.run import PlannedRun
-from megatron_ponder.planning.timeline import Table
+from megatron_ponder.planning.timeline import Table, Timeline, simulate
 
 BACKWARD_PER_FORWARD = 2
 
@@ -40,6 +40,17 @@ class ChunkFlops:
             for rows in zip(self.backward, self.recomputed, strict=True)
         ]
         return forward, backward
+
+
+def simulate_step(run: PlannedRun, tflops: float, num_microbatches: int | None = None) -> Timeline:
+    """One step on paper, timed by FLOPs.
+
+    Args:
+        run: the run.
+        tflops: rate of a device in TFLOP/s.
+        num_microbatches: of each data-parallel rank; None: those of the run.
+    """
+    return simulate(run.pipeline(num_microbatches), *chunk_flops(run).seconds(tflops))
 
 
 def chunk_flops(run: PlannedRun) -> ChunkFlops:

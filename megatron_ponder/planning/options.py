@@ -1,6 +1,9 @@
 """Flags of tools/plan.py. Imports no torch: `--help` is instant."""
 
 import dataclasses
+from typing import Annotated
+
+import tyro
 
 from megatron_ponder.config.layout import flag_of
 from megatron_ponder.errors import ConfigError
@@ -10,7 +13,9 @@ from megatron_ponder.errors import ConfigError
 class PlanOptions:
     """How many ranks, and what to report."""
 
-    world_size: int
+    world_size: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(required)")
+    ] = None
     """Number of ranks (devices). They need not exist."""
     device_memory_gib: float | None = None
     """Memory that the run may use on each device. The report then says whether the run fits and,
@@ -28,8 +33,10 @@ class PlanOptions:
         """Refuse numbers that mean nothing.
 
         Raises:
-            ConfigError: a number that is too small.
+            ConfigError: a number that is missing or too small.
         """
+        if self.world_size is None:
+            raise ConfigError("--world-size must be given: the number of ranks of the run.")
         _check_at_least_one(self, "world_size")
         _check_above_zero(self, "device_memory_gib", "assumed_tflops")
 
@@ -45,8 +52,8 @@ class ScalingOptions:
     json: bool = False
     """Print one JSON object instead of tables."""
     device_memory_gib: float = 72.0
-    """Memory that the run may use on each device. The default is 80 GB less 8% for CUDA, its
-    libraries, their buffers and fragmentation."""
+    """Memory that the run may use on each device. The default leaves about a tenth of an 80 GB
+    device to CUDA, its libraries, their buffers and fragmentation."""
     assumed_tflops: float = 400.0
     """Speed of a device in TFLOP/s, by which counted FLOPs become seconds, whatever the shapes. The
     default is 40% of an H100's dense bf16 peak: an assumption, not a measurement."""

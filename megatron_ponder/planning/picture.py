@@ -7,9 +7,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 from megatron_ponder.figures import new_figure, save_png
-from megatron_ponder.planning.flops import chunk_flops
+from megatron_ponder.planning.flops import simulate_step
 from megatron_ponder.planning.run import PlannedRun
-from megatron_ponder.planning.timeline import Event, Timeline, simulate
+from megatron_ponder.planning.timeline import Event, Timeline
 
 PASS_COLOURS = (
     *("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed"),
@@ -35,7 +35,7 @@ def draw_step(run: PlannedRun, path: Path, tflops: float) -> None:
     num_passes, num_stages, whole = len(run.plan.passes), run.num_stages, run.num_microbatches
     room = MOST_COLUMNS // (2 * len(run.chunks)) // num_stages * num_stages
     num_drawn = min(whole, max(room, num_stages))
-    timeline = simulate(run.pipeline(num_drawn), *chunk_flops(run).seconds(tflops))
+    timeline = simulate_step(run, tflops, num_drawn)
     title = f"{num_stages} stages, {num_drawn} micro-batches"
     title += f" (the run has {whole})" if num_drawn < whole else ""
     title += f", {num_passes} passes"

@@ -11,12 +11,12 @@ from typing import Any
 
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.planning.communication import stage_traffic
-from megatron_ponder.planning.flops import ChunkFlops, chunk_flops
+from megatron_ponder.planning.flops import chunk_flops, simulate_step
 from megatron_ponder.planning.limits import find_limits, find_remedies
 from megatron_ponder.planning.memory import stage_memory
 from megatron_ponder.planning.options import PlanOptions
 from megatron_ponder.planning.run import GIB, PlannedRun
-from megatron_ponder.planning.timeline import Timeline, equal_chunks_bubble, simulate
+from megatron_ponder.planning.timeline import Timeline, equal_chunks_bubble
 from megatron_ponder.ponder.training_plan import possible_jacobi_iterations, possible_plans
 
 
@@ -32,7 +32,7 @@ def plan_run(options: PlanOptions, run: PlannedRun) -> dict[str, Any]:
     """
     config, parallel = run.config, run.config.parallel
     r_values = list(possible_jacobi_iterations(config.method))
-    memory, flops = stage_memory(run), chunk_flops(run)
+    memory = stage_memory(run)
     peak = max(stage.total for stage in memory)
     result: dict[str, Any] = {
         "ranks": {
@@ -46,9 +46,9 @@ def plan_run(options: PlanOptions, run: PlannedRun) -> dict[str, Any]:
         "num_jacobi_iterations": {"planned_for": run.largest_r, "drawn_from": r_values},
         "parameters": dataclasses.asdict(count_parameters(config.model))
         | {"per_rank": [stage.num_parameters for stage in memory]},
-        "step": _step(run, flops),
+        "step": _step(run),
         "passes": _passes(run),
-        "schedule": _schedule(simulate(run.pipeline(), *flops.seconds(options.assumed_tflops))),
+        "schedule": _schedule(simulate_step(run, options.assumed_tflops)),
         "memory": [
             {"stage": stage.index, "layers": stage.num_layers}
             | {k: v for k, v in dataclasses.asdict(found).items() if k != "num_parameters"}
@@ -66,14 +66,14 @@ def plan_run(options: PlanOptions, run: PlannedRun) -> dict[str, Any]:
     return result
 
 
-def _step(run: PlannedRun, flops: ChunkFlops) -> dict[str, Any]:
+def _step(run: PlannedRun) -> dict[str, Any]:
     """Work of a step over all ranks."""
     training, seq_length = run.config.training, run.config.data.seq_length
     parallel, sequences = run.config.parallel, training.global_batch_size
     plans = possible_plans(run.method)
     by_r = [forward_flops(run.config.model, plan, seq_length) for plan in plans]
     both = statistics.fmean(one.training for one in by_r)
-    recomputed = sum(map(sum, flops.recomputed)) / training.micro_batch_size
+    recomputed = sum(map(sum, chunk_flops(run).recomputed)) / training.micro_batch_size
     recomputed *= parallel.tensor_model_parallel_size * parallel.context_parallel_size
     return {
         "sequences": sequences,

@@ -32,8 +32,7 @@ from megatron_ponder.inference.options import (
     GenerateOptions,
     SamplingOptions,
 )
-from megatron_ponder.planning.options import PlanOptions
-from megatron_ponder.planning.scaling_options import ScalingOptions
+from megatron_ponder.planning.options import PlanOptions, ScalingOptions
 from megatron_ponder.runtime.diagnosis import DoctorOptions
 from tests.rules.sources import ROOT, tracked_files
 

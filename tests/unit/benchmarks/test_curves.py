@@ -23,7 +23,7 @@ from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
-from megatron_ponder.planning.report import largest_plan
+from megatron_ponder.planning.run import PlannedRun
 
 OPTIONS = CurvesBenchmarkOptions()
 
@@ -66,7 +66,7 @@ def test_predictions() -> None:
     for variable in ("jacobi-iterations", "seq-length", "method"):
         for point in points_of(variable).values():
             config, found = point.config, predict(*point.run)
-            flops = forward_flops(config.model, largest_plan(config), config.data.seq_length)
+            flops = forward_flops(config.model, PlannedRun(*point.run).plan, config.data.seq_length)
             assert found.flops == 4 * flops.training
             assert found.seconds / base.seconds == pytest.approx(found.flops / base.flops)
     double = predict(*points_of("micro-batch")[4.0].run)

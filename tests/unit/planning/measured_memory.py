@@ -5,13 +5,13 @@ from typing import Any
 import torch
 
 from benchmarks.step_memory import held_bytes, step_bytes
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.runtime.distributed import initialize, leave_layout
 from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
 
 
-def measure(config: RunConfig) -> dict[str, int]:
+def measure(config: ResolvedConfig) -> dict[str, int]:
     """In a rank: bytes held between steps, and the most that a step adds to them.
 
     Args:
@@ -25,15 +25,14 @@ def measure(config: RunConfig) -> dict[str, int]:
         def step() -> None:
             train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
 
-        for _ in range(2):  # the optimizer's state appears in the first
-            step()
+        step()  # allocates the optimizer's state
         added = step_bytes(step)
         return held_bytes(training_state) | {"step": added}
     finally:
         leave_layout()
 
 
-def random_batches(config: RunConfig) -> Any:
+def random_batches(config: ResolvedConfig) -> Any:
     generator = torch.Generator().manual_seed(0)
     size = (config.training.micro_batch_size, config.data.seq_length)
     while True:

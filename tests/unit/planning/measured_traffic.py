@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.runtime.distributed import initialize, leave_layout
 from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
@@ -36,7 +36,7 @@ def _is_group(value: object) -> bool:
     return isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type())
 
 
-def measure_traffic(config: RunConfig) -> dict[str, float]:
+def measure_traffic(config: ResolvedConfig) -> dict[str, float]:
     """In a rank: bytes that it sends in one training step."""
     initialize(config.parallel, config.training.seed)
     try:

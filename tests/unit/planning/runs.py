@@ -3,8 +3,7 @@
 from typing import Any
 
 from megatron_ponder.config.parse import parse_args
-from megatron_ponder.config.resolve import resolve
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.planning.run import PlannedRun
 
 SIZES = (
     "--num-layers 4 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 64 "
@@ -35,8 +34,8 @@ METHODS = {
 }
 
 
-def small_run(architecture: str, method: str, world_size: int = 1, **settings: Any) -> RunConfig:
-    """A resolved run.
+def small_run(architecture: str, method: str, world_size: int = 1, **settings: Any) -> PlannedRun:
+    """A run.
 
     Args:
         architecture: a key of ARCHITECTURES.
@@ -46,4 +45,4 @@ def small_run(architecture: str, method: str, world_size: int = 1, **settings: A
     """
     flags = [*ARCHITECTURES[architecture], *SIZES, *METHODS.get(method, ["--method", method])]
     config = parse_args(flags, prog="test").replaced(distributed_backend="gloo", **settings)
-    return resolve(config, world_size=world_size)
+    return PlannedRun.resolved(config, world_size)

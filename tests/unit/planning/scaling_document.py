@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ponder.config.parse import parse_args
+from megatron_ponder.planning.options import ScalingOptions
 from megatron_ponder.planning.scaling import SENT_KINDS, plan_scaling
-from megatron_ponder.planning.scaling_options import ScalingOptions
 from megatron_ponder.planning.scaling_picture import draw_scaling
-from megatron_ponder.planning.scaling_text import HEADER, byte_rows, table_rows
+from megatron_ponder.planning.scaling_text import HEADER, fitting_rows, sent_rows, table_rows
+from megatron_ponder.tables import markdown_table
 from tests.rules.sources import ROOT
 
 DOCUMENT, ASSETS = ROOT / "docs/parallelism.md", ROOT / "docs/assets"
@@ -27,27 +28,20 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     steps, sent = [], []
     for preset, result in results.items():
         steps += [[preset, *cells] for cells in table_rows(result)]
-        rows = [row for row in result["rows"] if row["layout"] is not None]
-        bytes_ = byte_rows(result, "sent_bytes_per_step", SENT_KINDS)
-        for cells, row in zip(bytes_, rows, strict=True):
+        for cells, row in zip(sent_rows(result), fitting_rows(result), strict=True):
             busiest = max(sum(passed.values()) for passed in row["ours"]["sent_bytes_per_pass"])
             sent.append([preset, *cells, f"{busiest / (1 << 20):,.0f}" if busiest else "-"])
     return "\n".join(
         [
-            *markdown(["model", *HEADER], steps),
+            *markdown_table(["model", *HEADER], steps),
             "",
             "GiB sent by the rank that sends most in a step, in parentheses by vanilla's in the "
             "same layout; last, MiB in the longest pass of one micro-batch:",
             "",
-            *markdown(["model", "devices", *SENT_KINDS, "a pass, MiB"], sent),
+            *markdown_table(["model", "devices", *SENT_KINDS, "a pass, MiB"], sent),
             "",
         ]
     )
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def written(document: Path = DOCUMENT) -> str:

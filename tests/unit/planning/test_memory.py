@@ -9,32 +9,44 @@ from typing import Any
 
 import pytest
 
-from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.planning.memory import stage_memory
-from megatron_ponder.planning.report import largest_plan, microbatches_per_step
+from megatron_ponder.planning.run import PlannedRun
 from tests.ranks import run_ranks
 from tests.unit.planning.measured_memory import measure
 from tests.unit.planning.runs import ARCHITECTURES, METHODS, QWEN3, small_run
 
 STEP_TOLERANCE = 0.10
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": {},
-    "wide": {"hidden_size": 256, "ffn_hidden_size": 704, "seq_length": 16, "micro_batch_size": 1},
-    "large vocabulary": {"vocab_size": 6000, "num_layers": 2},
-    "several micro-batches": {"global_batch_size": 6, "micro_batch_size": 2},
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "ffn_hidden_size": 704,
+    "seq_length": 16,
+    "micro_batch_size": 1,
 }
+SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "small": ({}, tuple(METHODS)),
+    "wide": (WIDE, ("vanilla", "K2", "ponderlm")),
+    "large vocabulary": ({"vocab_size": 6000, "num_layers": 2}, ("vanilla", "K2", "ponderlm")),
+    "several micro-batches": ({"global_batch_size": 6}, ("K1", "accumulating")),
+}
+"""Changes to the small run, and methods."""
 
 
-def check(config: RunConfig, measured: list[dict[str, int]]) -> None:
+def check_all(runs: list[PlannedRun]) -> None:
+    """Runs on equally many ranks, measured one after the other by the same ranks."""
+    measured = run_ranks(_measure_all, runs[0].world_size, [run.config for run in runs])
+    for run, found in zip(runs, zip(*measured, strict=True), strict=True):
+        check(run, list(found))
+
+
+def _measure_all(configs: list[ResolvedConfig]) -> list[dict[str, int]]:
+    return [measure(config) for config in configs]
+
+
+def check(run: PlannedRun, measured: list[dict[str, int]]) -> None:
     """Every pipeline stage's rank against the prediction."""
-    world_size = len(measured)
-    predicted = stage_memory(
-        config,
-        largest_plan(config),
-        world_size,
-        microbatches_per_step(config, world_size),
-    )
-    ranks_per_stage = world_size // len(predicted)
+    predicted = stage_memory(run)
+    ranks_per_stage = run.world_size // len(predicted)
     for rank, found in enumerate(measured):
         stage = predicted[rank // ranks_per_stage]
         for name in ("parameters", "gradients", "optimizer"):
@@ -44,16 +56,16 @@ def check(config: RunConfig, measured: list[dict[str, int]]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_process(shape: str) -> None:
-    configs = [
-        small_run(architecture, method, **SHAPES[shape])
-        for architecture, method in itertools.product(ARCHITECTURES, METHODS)
-    ]
-    (measured,) = run_ranks(_measure_all, 1, configs)
-    for config, found in zip(configs, measured, strict=True):
-        check(config, [found])
+    changes, methods = SHAPES[shape]
+    check_all(
+        [
+            small_run(architecture, method, **changes)
+            for architecture, method in itertools.product(ARCHITECTURES, methods)
+        ]
+    )
 
 
-RECOMPUTATION: dict[str, dict[str, Any]] = {
+RECOMPUTED: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full"},
     "full, 2 layers": {"recompute_granularity": "full", "recompute_num_layers": 2},
     "full, block of 2": {
@@ -69,17 +81,13 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 }
 
 
-RECOMPUTED_ON_STAGES = ("full", "selective", "pass", "1 pass", "both")
-
-
 def test_one_process_that_recomputes() -> None:
-    configs = [
-        small_run(architecture, "K1", **settings)
-        for architecture, settings in itertools.product(ARCHITECTURES, RECOMPUTATION.values())
-    ]
-    (measured,) = run_ranks(_measure_all, 1, configs)
-    for config, found in zip(configs, measured, strict=True):
-        check(config, [found])
+    check_all(
+        [
+            small_run(architecture, "K1", **settings)
+            for architecture, settings in itertools.product(ARCHITECTURES, RECOMPUTED.values())
+        ]
+    )
 
 
 def test_fused_loss() -> None:
@@ -92,27 +100,19 @@ def test_fused_loss() -> None:
         ("gpt2", {"loss_chunk_tokens": 32}),
         ("gpt2", in_bf16),
     ]
-    configs = [small_run(architecture, "K1", **fused, **more) for architecture, more in settings]
-    (measured,) = run_ranks(_measure_all, 1, configs)
-    for config, found in zip(configs, measured, strict=True):
-        check(config, [found])
+    check_all([small_run(name, "K1", **fused, **more) for name, more in settings])
 
 
 def test_norms_of_heads() -> None:
-    configs = [
-        small_run("llama", method, **QWEN3 | SHAPES[shape])
-        for method, shape in itertools.product(("vanilla", "K1"), ("small", "wide"))
+    runs = [
+        small_run("llama", method, **QWEN3 | changes)
+        for method, changes in itertools.product(("vanilla", "K1"), ({}, WIDE))
     ]
-    (measured,) = run_ranks(_measure_all, 1, configs)
-    for config, found in zip(configs, measured, strict=True):
-        check(config, [found])
-        assert largest_step(config) > 1.01 * largest_step(config.replaced(qk_layernorm=False))
-
-
-def largest_step(config: RunConfig) -> int:
-    """What one process's step is predicted to add."""
-    (stage,) = stage_memory(config, largest_plan(config), 1, microbatches_per_step(config, 1))
-    return stage.activations
+    check_all(runs)
+    for run in runs:
+        (stage,) = stage_memory(run)
+        (without,) = stage_memory(run.changed(qk_layernorm=False))
+        assert stage.activations > 1.01 * without.activations
 
 
 def test_pipeline() -> None:
@@ -124,54 +124,53 @@ def test_pipeline() -> None:
         ("gpt2", "K1", {}),
         ("gpt_neox", "K1", {"num_virtual_stages_per_pipeline_rank": 2}),
         ("gpt_neox", "K1", {"decoder_first_pipeline_num_layers": 3}),
-        *(("llama", "K1", RECOMPUTATION[name]) for name in RECOMPUTED_ON_STAGES),
+        *(
+            ("llama", "K1", RECOMPUTED[name])
+            for name in ("full", "selective", "pass", "1 pass", "both")
+        ),
     ]
-    configs = [small_run(a, m, world_size=2, **pipeline, **more) for a, m, more in settings]
-    measured = run_ranks(_measure_all, 2, configs)
-    for config, found in zip(configs, zip(*measured, strict=True), strict=True):
-        check(config, list(found))
+    check_all([small_run(a, m, world_size=2, **pipeline, **more) for a, m, more in settings])
 
 
-def test_every_method() -> None:
-    """On one process and on two stages, whose last has a copy of the embeddings that are mixed."""
+MIXTURES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "ponderlm", {"recompute_granularity": "pass"}),
+    (
+        *("llama", "ponderlm2"),
+        {"interpolation": True, "num_latent_thoughts": 2, "num_jacobi_iterations": 1},
+    ),
+]
+
+
+def test_mixtures_in_one_process() -> None:
+    check_all([small_run(a, method, **changes) for a, method, changes in MIXTURES])
+
+
+def test_every_method_on_two_stages() -> None:
+    """The last has a copy of the embeddings that are mixed."""
     pipeline = {"pipeline_model_parallel_size": 2, "global_batch_size": 4}
-    thinking: dict[str, Any] = {"num_latent_thoughts": 2, "num_jacobi_iterations": 1}
     settings: list[tuple[str, str, dict[str, Any]]] = [
         ("llama", "ponderlm", {}),
         ("gpt2", "ponderlm", {}),
-        ("gpt_neox", "ponderlm", {"residual_interpolated_embeds": True}),
-        ("llama", "ponderlm", {"recompute_granularity": "pass"}),
-        ("llama", "ponderlm2", {"interpolation": True}),
+        ("gpt_neox", "accumulating", {}),
         ("gpt_neox", "loop", {}),
         ("llama", "pause", {}),
+        *MIXTURES,
     ]
-    for world_size, layout in ((1, {}), (2, pipeline)):
-        configs = [
-            small_run(architecture, method, world_size=world_size, **thinking | layout | changes)
-            for architecture, method, changes in settings
-        ]
-        measured = run_ranks(_measure_all, world_size, configs)
-        for config, found in zip(configs, zip(*measured, strict=True), strict=True):
-            check(config, list(found))
+    check_all([small_run(a, m, world_size=2, **pipeline, **more) for a, m, more in settings])
 
 
 def test_bf16() -> None:
     """Not Llama: torch's RMSNorm in bf16 on CPU is a composition that keeps more than CUDA's."""
-    configs = [
-        small_run(architecture, method, bf16=True)
-        for architecture, method in itertools.product(("gpt_neox", "gpt2"), METHODS)
-    ]
-    (measured,) = run_ranks(_measure_all, 1, configs)
-    for config, found in zip(configs, measured, strict=True):
-        check(config, [found])
-
-
-def _measure_all(configs: list[RunConfig]) -> list[dict[str, int]]:
-    return [measure(config) for config in configs]
+    check_all(
+        [
+            small_run(architecture, method, bf16=True)
+            for architecture, method in itertools.product(("gpt_neox", "gpt2"), METHODS)
+        ]
+    )
 
 
 def test_a_forgotten_pass_is_noticed() -> None:
-    config = small_run("llama", "K1")
-    (measured,) = run_ranks(_measure_all, 1, [config])
+    run = small_run("llama", "K1")
+    (measured,) = run_ranks(_measure_all, 1, [run.config])
     with pytest.raises(AssertionError):
-        check(config.replaced(num_jacobi_iterations=1), measured)
+        check(run.changed(num_jacobi_iterations=1), measured)

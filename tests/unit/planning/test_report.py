@@ -4,18 +4,17 @@ import math
 
 import pytest
 
+from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.presets import PRESETS
+from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
+from megatron_ponder.planning.flops import chunk_flops
 from megatron_ponder.planning.limits import find_limits
+from megatron_ponder.planning.memory import stage_memory
 from megatron_ponder.planning.options import PlanOptions
-from megatron_ponder.planning.report import (
-    largest_plan,
-    microbatches_per_step,
-    plan_run,
-    resolve_on_paper,
-)
+from megatron_ponder.planning.report import plan_run
+from megatron_ponder.planning.run import PlannedRun
 from megatron_ponder.planning.text import as_text
-from megatron_ponder.planning.work import chunk_flops
 from tests.unit.planning.runs import ARCHITECTURES, METHODS, small_run
 
 
@@ -24,11 +23,10 @@ from tests.unit.planning.runs import ARCHITECTURES, METHODS, small_run
 def test_chunks_share_the_whole_work(architecture: str, method: str) -> None:
     """Summed over stages and chunks, forwards are those of model/size.py."""
     layout = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
-    config = small_run(architecture, method, world_size=2, global_batch_size=4, **layout)
-    plan = largest_plan(config)
-    flops = chunk_flops(config, plan)
-    whole = forward_flops(config.model, plan, config.data.seq_length).total
-    whole *= config.training.micro_batch_size
+    run = small_run(architecture, method, world_size=2, global_batch_size=4, **layout)
+    flops = chunk_flops(run)
+    whole = forward_flops(run.config.model, run.plan, run.config.data.seq_length).total
+    whole *= run.config.training.micro_batch_size
     assert sum(map(sum, flops.forward)) == pytest.approx(whole)
     assert sum(map(sum, flops.backward)) == pytest.approx(2 * whole)
     assert sum(map(sum, flops.recomputed)) == 0
@@ -36,13 +34,11 @@ def test_chunks_share_the_whole_work(architecture: str, method: str) -> None:
 
 def test_recomputation_is_one_more_forward() -> None:
     def recomputed(**settings: object) -> float:
-        config = small_run("llama", "K1", **settings)
-        plan = largest_plan(config)
-        return sum(map(sum, chunk_flops(config, plan).recomputed))
+        return sum(map(sum, chunk_flops(small_run("llama", "K1", **settings)).recomputed))
 
-    config = small_run("llama", "K1")
-    passes = forward_flops(config.model, largest_plan(config), config.data.seq_length).passes
-    layers = [config.training.micro_batch_size * (p.linear + p.attention) for p in passes]
+    run = small_run("llama", "K1")
+    passes = forward_flops(run.config.model, run.plan, run.config.data.seq_length).passes
+    layers = [run.config.training.micro_batch_size * (p.linear + p.attention) for p in passes]
     assert recomputed(recompute_granularity="full") == pytest.approx(sum(layers))
     assert recomputed(recompute_granularity="pass") == pytest.approx(sum(layers[:-1]))
     assert recomputed(recompute_granularity="selective") == 0
@@ -63,10 +59,10 @@ def test_recomputation_is_one_more_forward() -> None:
 
 
 def test_report_of_a_pipeline() -> None:
-    config = small_run(
+    run = small_run(
         "gpt2", "K1", world_size=8, pipeline_model_parallel_size=4, global_batch_size=16
     )
-    result = plan_run(PlanOptions(world_size=8, device_memory_gib=0.001), config)
+    result = plan_run(PlanOptions(world_size=8, device_memory_gib=0.001), run)
     assert result["step"]["num_microbatches"] == 4 == result["schedule"]["num_microbatches"]
     assert result["ranks"]["data_parallel"] == 2
     assert result["schedule"]["num_chunks"] == 4 == len(result["passes"])
@@ -83,9 +79,8 @@ def test_report_of_a_pipeline() -> None:
 
 def test_memory_falls_with_recomputation_and_with_fewer_gradients() -> None:
     def activations(**settings: object) -> int:
-        config = small_run("llama", "K2", **settings)
-        (stage,) = plan_run(PlanOptions(world_size=1), config)["memory"]
-        return stage["activations"]
+        (stage,) = stage_memory(small_run("llama", "K2", **settings))
+        return stage.activations
 
     everything = activations()
     by_pass = activations(recompute_granularity="pass")
@@ -95,8 +90,8 @@ def test_memory_falls_with_recomputation_and_with_fewer_gradients() -> None:
 
 
 def test_random_r_is_planned_for_its_largest() -> None:
-    config = small_run("llama", "K1", random_jacobi_iterations=True)
-    result = plan_run(PlanOptions(world_size=1), config)
+    run = small_run("llama", "K1", random_jacobi_iterations=True)
+    result = plan_run(PlanOptions(world_size=1), run)
     assert result["num_jacobi_iterations"] == {"planned_for": 3, "drawn_from": [2, 3]}
     assert len(result["passes"]) == 5
     fixed = [
@@ -109,26 +104,50 @@ def test_random_r_is_planned_for_its_largest() -> None:
 
 
 def test_limits() -> None:
-    config = small_run(
+    run = small_run(
         "llama", "K1", world_size=8, pipeline_model_parallel_size=2, global_batch_size=16
     )
-    found = find_limits(config, 8, microbatches_per_step(config, 8))
-    most = {limit["name"]: (limit["now"], limit["most"], limit["binds"]) for limit in found}
+    found = {limit["name"]: limit for limit in find_limits(run)}
+    most = {name: (limit["now"], limit["most"], limit["binds"]) for name, limit in found.items()}
     assert most["tensor_model_parallel_size"] == (1, 2, False)  # two key/value heads
     assert most["pipeline_model_parallel_size"] == (2, 4, False)  # four layers
+    assert most["context_parallel_size"] == (1, 4, False)
     assert most["data_parallel_size"] == (4, 4, True)  # 8 micro-batches, 2 stages
+    assert "4: --num-query-groups 2" in found["tensor_model_parallel_size"]["why"]
+    assert "8: --num-layers 4" in found["pipeline_model_parallel_size"]["why"]
+    assert found["context_parallel_size"]["why"] == "no data-parallel ranks are left"
+
+
+def test_limits_know_what_training_refuses() -> None:
+    """Uneven ends and sequence parallelism, which divisors of the model do not tell."""
+    uneven = {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 3}
+    run = small_run("llama", "K1", world_size=8, global_batch_size=16, **uneven)
+    found = {limit["name"]: limit["most"] for limit in find_limits(run)}
+    assert found["pipeline_model_parallel_size"] == 2
+    sharded = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 36}
+    run = small_run("gpt2", "K1", world_size=8, **sharded)
+    found = {limit["name"]: limit["most"] for limit in find_limits(run)}
+    assert found["tensor_model_parallel_size"] == 4
+
+
+def test_refuses_an_overlap_that_training_refuses() -> None:
+    settings = {"overlap_grad_reduce": True, "random_jacobi_iterations": True}
+    small_run("llama", "K1", **settings)
+    with pytest.raises(ConfigError, match="a random R"):
+        small_run("llama", "K1", recompute_granularity="pass", **settings)
 
 
 @pytest.mark.parametrize("preset", ["llama-410m", "pythia-1.4b", "gpt2-xl"])
 def test_local_parameters_add_up(preset: str) -> None:
     """Over tensor and pipeline ranks, less what they hold several times: norms, some biases."""
-    from megatron_ponder.config.parse import parse_args
-
     flags = ["--preset", preset, "--pipeline-model-parallel-size", "2", "--seq-length", "1024"]
-    config = resolve_on_paper(parse_args([*flags, "--global-batch-size", "2"], prog="test"), 2)
-    result = plan_run(PlanOptions(world_size=2), config)
+    config = parse_args([*flags, "--global-batch-size", "2"], prog="test")
+    run = PlannedRun.resolved(config, 2)
+    result = plan_run(PlanOptions(world_size=2), run)
     total = sum(result["parameters"]["per_rank"])
     is_tied = not PRESETS[preset].get("untie_embeddings_and_output_weights", True)
     copies = result["parameters"]["embedding"] if is_tied else 0
-    padding = 50304 - config.model.vocab_size
-    assert total == result["parameters"]["total"] + copies + 2 * padding * config.model.hidden_size
+    padding = 50304 - run.config.model.vocab_size
+    assert (
+        total == result["parameters"]["total"] + copies + 2 * padding * run.config.model.hidden_size
+    )

@@ -10,21 +10,15 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.planning.memory import stage_memory
-from megatron_ponder.planning.report import (
-    largest_plan,
-    microbatches_per_step,
-    resolve_on_paper,
-    run_pipeline,
-)
+from megatron_ponder.planning.options import ScalingOptions
+from megatron_ponder.planning.run import GIB, PlannedRun
 from megatron_ponder.planning.scaling import (
-    BYTES_PER_GIB,
     SAME_TIME,
     accepted_layouts,
     find_layout,
     plan_scaling,
     predict,
 )
-from megatron_ponder.planning.scaling_options import ScalingOptions
 from megatron_ponder.planning.scaling_time import GROUPS_SIMULATED, StepClock
 from megatron_ponder.planning.timeline import simulate
 from tests.unit.planning.scaling_document import PRESETS, scale, tables, written
@@ -40,22 +34,22 @@ def run_of(*flags: str) -> RunConfig:
     return parse_args([*FLAGS, *flags], prog="test")
 
 
-def base_of(*flags: str) -> RunConfig:
-    return resolve_on_paper(run_of(*flags), world_size=1)
+def base_of(*flags: str) -> PlannedRun:
+    return PlannedRun.resolved(run_of(*flags), world_size=1)
 
 
-def laid_out(**changes: Any) -> RunConfig:
-    return resolve_on_paper(run_of().replaced(**changes), world_size=8)
+def laid_out(**changes: Any) -> PlannedRun:
+    return PlannedRun.resolved(run_of().replaced(**changes), world_size=8)
 
 
-def total_s(config: RunConfig, options: ScalingOptions = OPTIONS) -> float:
-    return StepClock(options, config, 8).time_step().total_s
+def total_s(run: PlannedRun, options: ScalingOptions = OPTIONS) -> float:
+    return StepClock(options, run).time_step().total_s
 
 
 def test_only_computing_takes_flops_over_the_rate() -> None:
-    config = resolve_on_paper(run_of(), world_size=1)
-    flops = forward_flops(config.model, largest_plan(config), 2048).training * 64
-    time = StepClock(OPTIONS, config, 1).time_step()
+    run = base_of()
+    flops = forward_flops(run.config.model, run.plan, 2048).training * 64
+    time = StepClock(OPTIONS, run).time_step()
     assert time.compute_s == pytest.approx(flops / (OPTIONS.assumed_tflops * 1e12))
     assert time.total_s == time.compute_s
 
@@ -69,34 +63,29 @@ def test_later_microbatches_take_as_long_as_simulated_ones() -> None:
         (2, 2, "vanilla"),
         (4, 1, "vanilla"),
     ):
-        config = laid_out(
+        run = laid_out(
             pipeline_model_parallel_size=pipeline,
             num_virtual_stages_per_pipeline_rank=chunks,
             overlap_p2p_communication=True,
             method=method,
             global_batch_size=256,
         )
-        clock = StepClock(slow, config, 8)
-        whole = simulate(
-            run_pipeline(config, clock.num_microbatches),
-            clock.forward_s,
-            clock.backward_s,
-            clock._message_s(),
-        )
+        clock = StepClock(slow, run)
+        whole = simulate(run.pipeline(), clock.forward_s, clock.backward_s, clock.message_s)
         time = clock.time_step()
         busy_s = time.compute_s + time.recompute_s + time.tensor_s + time.context_s
-        assert clock.num_microbatches > GROUPS_SIMULATED * pipeline
+        assert run.num_microbatches > GROUPS_SIMULATED * pipeline
         assert busy_s + time.bubble_s == pytest.approx(whole.makespan_s, rel=0.01)
         assert clock.bound_s <= whole.makespan_s * (1 + 1e-9)
 
 
 def test_links() -> None:
     """NVLink inside a node; across nodes a ring's ranks in a node put their ports together."""
-    clock = StepClock(dataclasses.replace(OPTIONS, link_efficiency=1.0), laid_out(), 8)
-    assert clock._ring_rate(1, 8) == 450e9
-    assert clock._ring_rate(8, 2) == 50e9
-    assert clock._ring_rate(2, 8) == 4 * 50e9
-    assert clock._ring_rate(1, 4096) == 8 * 50e9
+    clock = StepClock(dataclasses.replace(OPTIONS, link_efficiency=1.0), laid_out())
+    assert clock.ring_rate(1, 8) == 450e9
+    assert clock.ring_rate(8, 2) == 50e9
+    assert clock.ring_rate(2, 8) == 4 * 50e9
+    assert clock.ring_rate(1, 4096) == 8 * 50e9
 
 
 def test_slower_links_and_latency_take_longer() -> None:
@@ -106,20 +95,20 @@ def test_slower_links_and_latency_take_longer() -> None:
         {"pipeline_model_parallel_size": 2},
         {},
     ):
-        config = laid_out(**layout)
+        run = laid_out(**layout)
         slower = dataclasses.replace(OPTIONS, nvlink_gb_per_s=1.0)
         later = dataclasses.replace(OPTIONS, message_latency_us=1000.0)
-        assert total_s(config, slower) > 1.01 * total_s(config)
-        assert total_s(config, later) > 1.001 * total_s(config)
+        assert total_s(run, slower) > 1.01 * total_s(run)
+        assert total_s(run, later) > 1.001 * total_s(run)
 
 
 def test_overlap_hides_gradients() -> None:
     replicas: dict[str, Any] = {"use_distributed_optimizer": True}
     hidden = replicas | {"overlap_grad_reduce": True, "overlap_param_gather": True}
     slower = dataclasses.replace(OPTIONS, nvlink_gb_per_s=0.1)
-    open_s = StepClock(slower, laid_out(**replicas), 8).time_step().data_s
-    hidden_s = StepClock(slower, laid_out(**hidden), 8).time_step().data_s
-    clock = StepClock(slower, laid_out(**hidden), 8)
+    open_s = StepClock(slower, laid_out(**replicas)).time_step().data_s
+    clock = StepClock(slower, laid_out(**hidden))
+    hidden_s = clock.time_step().data_s
     assert open_s - hidden_s == pytest.approx(clock.forward_s[0][0] + clock.backward_s[0][0])
 
 
@@ -132,13 +121,12 @@ def test_takes_the_fastest_that_fits(memory_gib: float) -> None:
     best, number = find_layout(options, base, 8)
     assert number == len(layouts) > 50
     fitting = []
-    for config in layouts:
-        stages = stage_memory(config, largest_plan(config), 8, microbatches_per_step(config, 8))
-        if max(stage.total for stage in stages) <= memory_gib * BYTES_PER_GIB:
-            fitting.append(config)
+    for run in layouts:
+        if max(stage.total for stage in stage_memory(run)) <= memory_gib * GIB:
+            fitting.append(run)
     assert best is not None and best in fitting and 0 < len(fitting) <= len(layouts)
     assert len(fitting) < len(layouts) or memory_gib == 72.0
-    assert total_s(best, options) <= SAME_TIME * min(total_s(c, options) for c in fitting)
+    assert total_s(best, options) <= SAME_TIME * min(total_s(run, options) for run in fitting)
 
 
 def test_nothing_fits() -> None:
@@ -151,31 +139,31 @@ def test_fewer_sequences_than_devices_are_cut() -> None:
     """8 sequences on 64 devices: data parallelism ends at 8."""
     best, _ = find_layout(OPTIONS, base_of("--global-batch-size", "8"), 64)
     assert best is not None
-    parallel = best.parallel
+    parallel = best.config.parallel
     cuts = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     assert cuts * parallel.context_parallel_size >= 8
 
 
 def test_a_random_r_overlaps_only_where_it_is_exact() -> None:
     base = base_of("--random-jacobi-iterations")
-    layouts = list(accepted_layouts(OPTIONS, base, 8))
-    assert any(config.parallel.overlap_grad_reduce for config in layouts)
-    for config in layouts:
+    configs = [run.config for run in accepted_layouts(OPTIONS, base, 8)]
+    assert any(config.parallel.overlap_grad_reduce for config in configs)
+    for config in configs:
         is_cut = config.parallel.pipeline_model_parallel_size > 1
         if is_cut or config.training.recompute_granularity in ("pass", "full"):
             assert not config.parallel.overlap_grad_reduce
 
 
 def test_prediction_adds_up() -> None:
-    config = laid_out(
+    run = laid_out(
         tensor_model_parallel_size=2,
         sequence_parallel=True,
         pipeline_model_parallel_size=2,
         use_distributed_optimizer=True,
         recompute_granularity="pass",
     )
-    ours = predict(OPTIONS, config, 8)
-    compared = predict(OPTIONS, config.replaced(method="vanilla"), 8)
+    ours = predict(OPTIONS, run)
+    compared = predict(OPTIONS, run.changed(method="vanilla"))
     for one, num_passes in ((ours, 4), (compared, 1)):
         assert sum(one["time_s"].values()) == pytest.approx(one["step_s"])
         assert one["tokens_per_s"] == pytest.approx(64 * 2048 / one["step_s"])
