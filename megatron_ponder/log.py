@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ def configure(stream: TextIO | None = None) -> None:
 
 def progress(
     total: int | None, description: str, unit: str, initial: int = 0, unit_scale: bool = False
-) -> tqdm:
+) -> "tqdm[Any]":
     """A progress bar with rate and remaining time on rank 0; silent on the others.
 
     Args:

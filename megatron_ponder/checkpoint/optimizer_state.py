@@ -72,7 +72,7 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any], num_upd
 
 
 def _load_distributed(
-    part: DistributedOptimizer, param_state: Any, groups: list[dict], num_updates: int
+    part: DistributedOptimizer, param_state: Any, groups: list[dict[str, Any]], num_updates: int
 ) -> None:
     """Load the distributed optimizer, around two faults of its way with torch's AdamW.
 

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.comparison import (
@@ -191,7 +191,8 @@ def _check_data(
 def _read_plain(checkpoint: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not sharded."""
     try:
-        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+        state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        return state
     except CheckpointingException as error:
         raise _unreadable(checkpoint, error) from error
 
@@ -199,7 +200,8 @@ def _read_plain(checkpoint: Path) -> dict[str, Any]:
 def _read(request: ShardedStateDict, checkpoint: Path) -> dict[str, Any]:
     """Fill a request."""
     try:
-        return dist_checkpointing.load(request, str(checkpoint))
+        state: dict[str, Any] = dist_checkpointing.load(request, str(checkpoint))
+        return state
     except (CheckpointingException, CheckpointException) as error:
         raise _unreadable(checkpoint, error) from error
 

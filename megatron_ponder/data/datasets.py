@@ -25,7 +25,7 @@ from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import DataError
 
 Blend = tuple[list[str], list[float] | None]
-Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
+Datasets = tuple[Dataset[Any] | None, Dataset[Any] | None, Dataset[Any] | None]
 Sizes = dict[str, IndexedDatasetSize]
 
 
@@ -64,7 +64,7 @@ def build_datasets(
 
 def build_validation_sets(
     config: ResolvedConfig, tokenizer: Tokenizer, num_samples: int
-) -> dict[str, Dataset]:
+) -> dict[str, Dataset[Any]]:
     """Each dataset of --valid-data-path by itself, by its name; weights mean nothing here.
 
     Raises:
@@ -88,7 +88,7 @@ def build_validation_sets(
 
 
 def training_fingerprint(
-    config: ResolvedConfig, tokenizer: Tokenizer, train: Dataset | None, num_samples: int
+    config: ResolvedConfig, tokenizer: Tokenizer, train: Dataset[Any] | None, num_samples: int
 ) -> dict[str, Any]:
     """What a run that goes on must find unchanged; see fingerprint.py.
 
@@ -104,10 +104,10 @@ def training_fingerprint(
     return data_fingerprint(config, tokenizer, blend, num_samples, is_repeated(inner))
 
 
-class _WithoutEndTargets(Dataset):
+class _WithoutEndTargets(Dataset[Any]):
     """Samples whose loss leaves out predicting the end of a document."""
 
-    def __init__(self, inner: Dataset, eod: int) -> None:
+    def __init__(self, inner: Dataset[Any], eod: int) -> None:
         self.inner, self._eod = inner, eod
 
     def __len__(self) -> int:
@@ -204,7 +204,7 @@ def _instruction_datasets(
             "tools/merge_datasets.py (ids and loss masks alike)."
         )
     bounds = _bounds(data.split)
-    built: list[Dataset | None] = []
+    built: list[Dataset[Any] | None] = []
     for split in Split:
         blend = blends[0] if data.data_path else blends[split.value]
         if blend is None or num_samples[split.value] == 0:

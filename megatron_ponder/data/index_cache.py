@@ -82,7 +82,8 @@ def _from_rank_zero(function: Callable[[], T]) -> T:
     dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
         raise DataError(result[1])
-    return result[0]
+    value: T = result[0]
+    return value
 
 
 def _barrier() -> None:

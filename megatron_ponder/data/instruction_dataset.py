@@ -50,7 +50,7 @@ def check_instruction_dataset(prefix: str) -> None:
         raise DataError(f"{mask}: belongs to other conversations than {prefix}.")
 
 
-class InstructionDataset(Dataset):
+class InstructionDataset(Dataset[Any]):
     """Sequences of packed conversations, as many as are wanted."""
 
     def __init__(

@@ -7,6 +7,7 @@ data is one number, `consumed_samples`, and resuming needs no more than that.
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ KEYS = ("tokens", "labels", "loss_mask")
 
 
 def build_loader(
-    dataset: Dataset,
+    dataset: Dataset[Any],
     *,
     micro_batch_size: int,
     data_parallel_rank: int,

@@ -261,7 +261,8 @@ def _text_of(column: pyarrow.Array) -> list[Any]:
         column = column.dictionary_decode()
         kind = column.type
     if any(is_text(kind) for is_text in _TEXT_TYPES):
-        return column.cast(pyarrow.large_binary()).to_pylist()
+        values: list[Any] = column.cast(pyarrow.large_binary()).to_pylist()
+        return values
     return [False if is_there else None for is_there in column.is_valid().to_pylist()]
 
 

@@ -88,15 +88,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         """See Tokenizer."""
-        return self._model.encode(text)
+        ids: list[int] = self._model.encode(text)
+        return ids
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See Tokenizer."""
-        return self._model.encode(list(texts))
+        ids: list[list[int]] = self._model.encode(list(texts))
+        return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
-        return self._model.decode(list(ids))
+        text: str = self._model.decode(list(ids))
+        return text
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -198,7 +201,8 @@ class TikTokenizer(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
-        return self._model.decode(list(ids))
+        text: str = self._model.decode(list(ids))
+        return text
 
 
 class NullTokenizer(Tokenizer):

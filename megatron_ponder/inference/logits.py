@@ -10,5 +10,5 @@ from megatron_ponder.runtime.distributed import tensor_parallel_group
 def whole_logits(model: PonderGPTModel, outputs: Tensor) -> Tensor:
     """Logits over the real vocabulary, the same on all ranks: [s, b, h] -> fp32 [b, s, v]."""
     local = model.compute_output(outputs, None).contiguous()
-    whole = gather_from_tensor_model_parallel_region(local, group=tensor_parallel_group())
+    whole: Tensor = gather_from_tensor_model_parallel_region(local, group=tensor_parallel_group())
     return whole[..., : model.shape.vocab_size].float()

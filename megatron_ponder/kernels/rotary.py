@@ -61,7 +61,9 @@ def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tenso
         from megatron_ponder.kernels.triton import rotary
 
         return rotary.split_and_rotate(mixed, table, head_dim)
-    return _SplitAndRotate.apply(mixed.unflatten(-1, (-1, head_dim)), table)
+    by_head = mixed.unflatten(-1, (-1, head_dim))
+    query, key, value = _SplitAndRotate.apply(by_head, table)  # type: ignore[no-untyped-call]
+    return query, key, value
 
 
 class _SplitAndRotate(torch.autograd.Function):

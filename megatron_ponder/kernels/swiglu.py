@@ -31,7 +31,8 @@ def swiglu(x: Tensor) -> Tensor:
         from megatron_ponder.kernels.triton import swiglu as kernel
 
         return kernel.swiglu(x)
-    return _Swiglu.apply(x)
+    out: Tensor = _Swiglu.apply(x)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Swiglu(torch.autograd.Function):

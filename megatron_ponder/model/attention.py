@@ -186,7 +186,8 @@ class RotarySelfAttention(SelfAttention):
         context = self.core_attention(
             query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.causal
         )
-        return self.linear_proj(select_outputs(context, outputs_of))
+        output, bias = self.linear_proj(select_outputs(context, outputs_of))
+        return output, bias
 
     def _norm_heads(self, mixed: Tensor) -> Tensor:
         """Queries and keys normed, each head by itself: [slots, b, groups, (n + 2) * d], both."""

@@ -77,7 +77,7 @@ class PonderEmbedding(MegatronModule):
         Returns:
             [s, b, h]; under sequence parallelism this rank's contiguous [s / tp, b, h].
         """
-        embeddings = self.word_embeddings(tokens)
+        embeddings: Tensor = self.word_embeddings(tokens)
         if self.training and self.config.hidden_dropout > 0:
             embeddings = self._dropout(embeddings)
         return embeddings
@@ -90,17 +90,18 @@ class PonderEmbedding(MegatronModule):
         Args:
             slots: [s * slots_per_token, b, h], interleaved (this rank's shard).
             slots_per_token: slots per token.
-            positions: int64 [b] where there is one token per row: its place in the row's text.
-                None: the tokens are all of the text.
+            positions: int64 [b], the position of the one token of each row. None: the tokens are a
+                text from position 0.
         """
         if self.position_embeddings is None:
             return slots
         if positions is not None:
             return slots + self.position_embeddings.weight[positions]
-        return self.position_embeddings(slots, slots_per_token)
+        moved: Tensor = self.position_embeddings(slots, slots_per_token)
+        return moved
 
     def _dropout(self, embeddings: Tensor) -> Tensor:
-        """Dropout, with other masks on each rank where ranks hold other slots."""
+        """Dropout, with a different mask on each rank if ranks hold different slots."""
         if not self.config.sequence_parallel:
             return F.dropout(embeddings, p=self.config.hidden_dropout)
         with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -108,10 +109,10 @@ class PonderEmbedding(MegatronModule):
 
 
 class ScaledEmbedding(tensor_parallel.VocabParallelEmbedding):
-    """megatron-core's embedding, times a factor, laid out as the layers take it.
+    """megatron-core's embedding times a factor, in the layers' order of dims.
 
-    With Triton's kernels look-up, factor and layout are one pass over memory, and rows of other
-    ranks are left out on the way.
+    With Triton lookup, factor, order of dims and the zeros for other ranks' rows are one pass over
+    memory.
 
     Args:
         scale: factor; None: 1.
@@ -126,21 +127,22 @@ class ScaledEmbedding(tensor_parallel.VocabParallelEmbedding):
         """Tokens int64 [b, s] -> [s, b, h], this rank's [s / tp, b, h] under SP."""
         if uses_triton():
             return self._look_up(input_)
-        embeddings = super().forward(input_)
+        embeddings: Tensor = super().forward(input_)
         if not self.reduce_scatter_embeddings:
             embeddings = embeddings.transpose(0, 1).contiguous()
         return embeddings if self.scale is None else embeddings * self.scale
 
     def _look_up(self, tokens: Tensor) -> Tensor:
-        """The same; of all ranks exactly one has a row that is not zero, so that sums are exact."""
+        """`forward` with Triton. Exactly one rank has each row, so the sum over ranks is exact."""
         rows = embed_and_interleave(
             tokens, self.weight, None, scale=self.scale, first_row=self.vocab_start_index
         )
         if self.reduce_scatter_embeddings:
-            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(
-                rows, group=self.tp_group
-            )
-        return tensor_parallel.reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+            reduce = tensor_parallel.reduce_scatter_to_sequence_parallel_region
+        else:
+            reduce = tensor_parallel.reduce_from_tensor_model_parallel_region
+        embeddings: Tensor = reduce(rows, group=self.tp_group)
+        return embeddings
 
 
 class LearnedPositions(torch.nn.Module):

@@ -8,6 +8,8 @@ the attributes that are set here it counts such a parameter once, and cuts the d
 optimizer's shards of both alike.
 """
 
+from typing import Any
+
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -52,13 +54,14 @@ class EmbeddingCopy(tensor_parallel.VocabParallelEmbedding):
         To be asked by calling the module: where weights are gathered while the forward goes on,
         megatron-core waits for a module's in a hook of its call.
         """
-        return self.weight
+        weight: Tensor = self.weight
+        return weight
 
     def sharded_state_dict(
         self,
         prefix: str = "",
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """The table under the key of the original, as a replica that is not written."""
         assert metadata is not None and not sharded_offsets

@@ -17,7 +17,7 @@ class FlashCoreAttention(SdpaCoreAttention):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | CausalBias | None = None
     ) -> Tensor:
-        """As the base class, without masks: models that are only read run on torch's attention."""
+        """As the base class, without masks: inference runs on torch's attention."""
         from flash_attn import flash_attn_func
 
         assert mask is None
@@ -31,4 +31,5 @@ class FlashCoreAttention(SdpaCoreAttention):
         else:
             context = flash_attn_func(*batch_first, 0.0, self.softmax_scale, causal=True)
         # [b, s, heads, d] -> [s, b, heads * d]
-        return context.transpose(0, 1).reshape(s, b, heads * d)
+        slots_first: Tensor = context.transpose(0, 1).reshape(s, b, heads * d)
+        return slots_first

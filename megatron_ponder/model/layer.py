@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_ponder.kernels.residual import Branch, add_branches
+from megatron_ponder.kernels.operands import Branch
+from megatron_ponder.kernels.residual import add_branches
 from megatron_ponder.model.norm import add_and_norm, norm_beside_residual, norm_output_slots
 from megatron_ponder.model.output_slots import select_outputs
 from megatron_ponder.model.selective_recompute import recomputable, selective_recompute
@@ -78,7 +79,7 @@ class SequentialResidualLayer(TransformerLayer):
     @property
     def _has_dropout(self) -> bool:
         """Whether dropout acts on branches before they are added."""
-        return self.training and self.hidden_dropout > 0
+        return self.training and bool(self.hidden_dropout > 0)
 
     def _add(self, residual: Tensor, *branches: Branch) -> Tensor:
         """Residual + the sum of dropout(branch + bias), all [s, b, h]."""

@@ -61,7 +61,8 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(weight.size(0), hidden.element_size())
     shard = _Shard(vocab_size, weight.size(0), tp_group, sequence_parallel, chunk_tokens)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, shard)
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, shard)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def default_chunk_tokens(num_rows: int, element_bytes: int) -> int:
@@ -139,7 +140,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_total = total.log()
         ctx.save_for_backward(hidden, weight, columns, largest + log_total)
         ctx.shard = shard
-        return (log_total - (target - largest)).view(labels.shape)
+        losses: Tensor = log_total - (target - largest)
+        return losses.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

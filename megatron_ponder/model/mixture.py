@@ -39,7 +39,8 @@ def mix_embeddings(
     Returns:
         [slots, b, h], or this rank's contiguous [slots / tp, b, h].
     """
-    return _Mixture.apply(logits, embeddings, tp_group, sequence_parallel, top_k)
+    mixture: Tensor = _Mixture.apply(logits, embeddings, tp_group, sequence_parallel, top_k)  # type: ignore[no-untyped-call]
+    return mixture
 
 
 class _Mixture(torch.autograd.Function):

@@ -30,7 +30,8 @@ class SwigluMLP(MLP):
         assert not any(unused) and not any(more.values()), (unused, more)
         gate_and_up, bias = self.linear_fc1(hidden_states)
         gate_and_up = gate_and_up if bias is None else gate_and_up + bias
-        return self.linear_fc2(recomputable(swiglu, gate_and_up))
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(recomputable(swiglu, gate_and_up))
+        return output
 
 
 class GeluMLP(MLP):
@@ -48,7 +49,8 @@ class GeluMLP(MLP):
             # torch keeps the sum for the activation's backward; recompute starts from it too.
             up, bias = up + bias, None
         activate = functools.partial(gelu, bias=bias, is_tanh=self.is_tanh)
-        return self.linear_fc2(recomputable(activate, up))
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(recomputable(activate, up))
+        return output
 
 
 class TanhGeluMLP(GeluMLP):

@@ -55,7 +55,8 @@ def parameters_of(norm: OurNorm) -> NormParameters:
 def norm_output_slots(norm: torch.nn.Module, pass_: Pass, hidden: Tensor) -> Tensor:
     """Norm the output slots of a pass: [s * slots_per_token, b, h] -> [s * outputs, b, h]."""
     if not isinstance(norm, OurNorm):
-        return norm(select_outputs(hidden, pass_))
+        normed: Tensor = norm(select_outputs(hidden, pass_))
+        return normed
     weight, bias = parameters_of(norm)
     return norm_slots(
         hidden,

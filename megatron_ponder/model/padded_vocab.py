@@ -25,7 +25,7 @@ def mask_padded_columns(logits: Tensor, vocab_size: int, tp_group: ProcessGroup)
     """
     columns = logits.size(-1)
     num_real = min(max(vocab_size - columns * tp_group.rank(), 0), columns)
-    return logits if num_real == columns else _MaskColumns.apply(logits, num_real)
+    return logits if num_real == columns else _MaskColumns.apply(logits, num_real)  # type: ignore[no-untyped-call]
 
 
 class _MaskColumns(torch.autograd.Function):

@@ -1,16 +1,18 @@
 """PonderGPTModel: a GPT on megatron-core layers that runs any pass plan.
 
-The model owns weights and communication; the method says what each pass reads and hands on. One
-forward is a loop over the plan's passes:
+The model owns the weights and all communication; the method defines the input and the carry of each
+pass. One forward is a loop over the plan's passes:
 
-    input of the pass   <- method.build_input(token embeddings, carry)     where the embedding is
-    layers              <- the same weights in every pass
-    final norm          <- only on the slots that somebody reads
-    carry, or logits    <- method.build_carry / output layer               where the last layer is
+    input of the pass   method.build_input(token embeddings, carry)     on the first pipeline stage
+    layers              the same weights in every pass
+    final norm          of the output slots only                        on the last pipeline stage
+    carry, or logits    method.build_carry, or the output layer         on the last pipeline stage
 
-Under pipeline parallelism a rank runs its part of one pass at a time (`forward_pass`), and the
-schedule carries what comes out of it to the next rank, or to the first one for the next pass.
+Under pipeline parallelism a rank runs its part of one pass at a time (`forward_pass`). The schedule
+sends the result to the next stage, or from the last stage to the first for the next pass.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,14 +53,14 @@ class PonderGPTModel(LanguageModule):
 
     Args:
         config: megatron-core's config.
-        shape: resolved, for what megatron-core's config does not hold.
-        method: what each pass reads and hands on.
+        shape: the model's settings; holds what megatron-core's config does not.
+        method: defines the input and the carry of each pass.
         layer_spec: the modules of a layer.
         pg_collection: process groups.
-        pre_process: whether this stage holds the embedding.
-        post_process: whether this stage holds the final norm and the output layer.
-        vp_stage: which of the rank's layer chunks this is; None where a rank has one.
-        training_config: says which passes are computed again in the backward.
+        pre_process: whether this chunk of layers has the embedding.
+        post_process: whether this chunk of layers has the final norm and the output layer.
+        vp_stage: index of this layer chunk on its rank; None if a rank has only one.
+        training_config: says which passes the backward recomputes.
         loss_chunk_tokens: see `linear_cross_entropy`.
     """
 
@@ -112,7 +114,7 @@ class PonderGPTModel(LanguageModule):
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if not has_learned_positions:
             self.rotary_pos_emb = build_rotary_embedding(shape, pg_collection)
-        # The final norm is the model's: whether it runs, and on which slots, differs by pass.
+        # The final norm is not the block's: whether it runs, and on which slots, differs by pass.
         self.decoder = TransformerBlock(
             config=config,
             spec=layer_spec,
@@ -144,30 +146,31 @@ class PonderGPTModel(LanguageModule):
             self._use_weights_fused_and_unfused()
 
     def _use_weights_fused_and_unfused(self) -> None:
-        """Let gradients that autograd brings be added to those that products have added.
+        """Keep both parts of a weight's gradient: the fused one and autograd's.
 
-        A mixture reads the output layer's weight by the layer, and by itself where it is tied or
-        the loss is fused. megatron-core forgets autograd's part of a weight without this mark.
+        The output layer adds its part to the fp32 buffer within the matmul. A mixture uses the same
+        weight through autograd where it is tied or the loss is fused. Without this mark
+        megatron-core drops autograd's part.
         """
         tied = self._tied_weight()
         setattr(self.output_layer.weight if tied is None else tied, "zero_out_wgrad", True)
 
     def forward(self, tokens: Tensor, labels: Tensor | None, plan: PassPlan) -> Tensor:
-        """Run all passes of `plan` on a rank that has all layers.
+        """Run all passes of a plan, on a rank that has all layers.
 
         Args:
-            tokens: int64 [b, s]; under context parallelism this rank's shard, as everything here.
+            tokens: int64 [b, s]; under context parallelism all tensors are this rank's shard.
             labels: int64 [b, s], the token after each; None for logits.
             plan: the passes.
 
         Returns:
-            With labels the cross entropy of each token, fp32 [b, s]; without them logits
+            With labels the cross entropy of each token in nats, fp32 [b, s]. Without labels logits
             [b, s, padded vocabulary / tp], minus infinity in padded columns.
         """
         return self.compute_output(self.run_passes(tokens, plan), labels)
 
     def run_passes(self, tokens: Tensor, plan: PassPlan) -> Tensor:
-        """`forward` up to what the output layer reads, [s, b, h]."""
+        """`forward` up to the input of the output layer, [s, b, h]."""
         token_embeddings = self.embed(tokens)
         handed_on: Tensor | None = None
         for pass_ in plan.passes:
@@ -183,19 +186,19 @@ class PonderGPTModel(LanguageModule):
         labels: Tensor | None,
         received: Tensor | None,
     ) -> Tensor:
-        """Run one pass through the layers of this pipeline stage.
+        """Run one pass through the layers of this rank.
 
         Args:
             pass_: the pass.
             plan: the plan that it belongs to.
             tokens: int64 [b, s].
             labels: int64 [b, s]; None for logits.
-            received: on the first stage the carry of the pass before (None in the first pass); on
-                the others the hidden states of the stage before, [s * slots, b, h].
+            received: on the first stage the carry of the previous pass (None in the first pass); on
+                other stages the previous stage's hidden states, [s * slots, b, h].
 
         Returns:
-            Hidden states [s * slots, b, h]; on the last stage the carry [s * output slots, b, h],
-            or in the last pass what `forward` returns.
+            Hidden states [s * slots, b, h]. On the last stage the carry [s * output slots, b, h];
+            after the last pass what `forward` returns.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
             token_embeddings = self.embed(tokens) if self.pre_process else None
@@ -207,13 +210,14 @@ class PonderGPTModel(LanguageModule):
     def run_pass(
         self, pass_: Pass, plan: PassPlan, token_embeddings: Tensor | None, received: Tensor | None
     ) -> Tensor:
-        """One pass through this rank's layers, with or without a gradient, recomputed or not.
+        """One pass through this rank's layers, with or without gradient, recomputed or not.
 
-        Gives what `forward_pass` gives, but in the last pass what the output layer reads.
+        Returns what `forward_pass` returns, except after the last pass: there the input of the
+        output layer.
 
-        The carry into the first pass with a gradient is a constant; it asks for a gradient that
-        nobody takes, because recomputed layers give their weights none if their input asks for
-        none, and a method's input may be nothing but the carry.
+        The carry into the first pass with a gradient is a constant. It still requires a gradient,
+        which is never used: megatron-core's recompute computes no weight gradients if no input of
+        the layers requires one, and a method's input may be the carry alone.
         """
         if self.pre_process and received is not None and pass_.index == plan.first_grad_pass:
             received = received.detach().requires_grad_()
@@ -223,13 +227,14 @@ class PonderGPTModel(LanguageModule):
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and plan.has_grad(pass_)):
             if self.training and plan.is_recomputed(pass_, self.training_config):
-                return tensor_parallel.checkpoint(run, False, token_embeddings, received)
+                output: Tensor = tensor_parallel.checkpoint(run, False, token_embeddings, received)
+                return output
             return run(token_embeddings, received)
 
     def _compute_pass(
         self, pass_: Pass, plan: PassPlan, token_embeddings: Tensor | None, received: Tensor | None
     ) -> Tensor:
-        """Input, layers, norm and carry of one pass, as far as this rank has them."""
+        """The parts of one pass that are on this rank: input, layers, norm, carry."""
         beside: Tensor | None = None
         if self.pre_process:
             assert token_embeddings is not None
@@ -248,8 +253,11 @@ class PonderGPTModel(LanguageModule):
         return outputs if plan.is_last(pass_) else self.build_carry(pass_, outputs, beside)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Scaled embeddings of the tokens and of those that the method puts behind each of them."""
-        return self.embedding(append_extra_tokens(tokens, self.method.extra_token_ids))
+        """Scaled embeddings of the tokens, each followed by the method's extra tokens."""
+        embeddings: Tensor = self.embedding(
+            append_extra_tokens(tokens, self.method.extra_token_ids)
+        )
+        return embeddings
 
     def decode_pass(
         self,
@@ -259,14 +267,14 @@ class PonderGPTModel(LanguageModule):
         received: Tensor | None,
         at: NewTokens,
     ) -> Tensor:
-        """`run_pass` for one new token per row, behind what the attention's cache holds.
+        """`run_pass` for one new token per row; attention sees the cached slots before it.
 
         Args:
             pass_: a pass of `plan`.
             plan: of the method's `decoding_plan`.
-            embeddings: of the new tokens, from `embed`, [1 + extra tokens, b, h].
-            received: the carry of the pass before; None in the first pass.
-            at: where the tokens are.
+            embeddings: the new tokens', from `embed`, [1 + extra tokens, b, h].
+            received: the carry of the previous pass; None in the first pass.
+            at: positions of the new tokens.
         """
         slots = self.method.build_decoding_input(pass_, embeddings, received)
         hidden = slots
@@ -284,11 +292,11 @@ class PonderGPTModel(LanguageModule):
         return self.embedding.add_positions(slots, pass_.slots_per_token)
 
     def build_carry(self, pass_: Pass, outputs: Tensor, pass_input: Tensor | None) -> Tensor:
-        """What the pass hands on, [s * output slots, b, h]."""
+        """The carry to the next pass, [s * output slots, b, h]."""
         return self.method.build_carry(pass_, outputs, self.mix, pass_input)
 
     def mix(self, outputs: Tensor) -> Tensor:
-        """softmax(output layer) times the scaled embeddings, [slots, b, h] -> [slots, b, h]."""
+        """softmax(output layer) @ (scaled embedding table): [slots, b, h] -> [slots, b, h]."""
         settings = self.method.config
         mixture = mix_embeddings(
             self.compute_logits(outputs),
@@ -300,17 +308,19 @@ class PonderGPTModel(LanguageModule):
         return mixture if self.embedding_scale is None else mixture * self.embedding_scale
 
     def mixed_embeddings(self) -> Tensor:
-        """The embedding table on the last stage, [padded vocabulary / tp, h]."""
+        """The embedding table, on the last stage: [padded vocabulary / tp, h]."""
         if self.replicates_embedding and self.post_process:
-            return self.embedding_copy()
-        return self.shared_embedding_or_output_weight()
+            copy: Tensor = self.embedding_copy()
+            return copy
+        table: Tensor = self.shared_embedding_or_output_weight()
+        return table
 
-    def add_up_replicated_embedding(self) -> None:
-        """Complete the gradient of an embedding that is on two stages; nothing where it is not.
+    def all_reduce_replicated_embedding(self) -> None:
+        """Sum the gradient of an embedding that is on two stages; nothing to do on one.
 
-        megatron-core does this for tied embeddings. To be called when gradients are reduced over
-        the data-parallel ranks; with the distributed optimizer each of them then has the same part
-        of both, and the other parts are never read.
+        megatron-core does this for tied embeddings. Call it after the reduction over data-parallel
+        ranks: with the distributed optimizer each rank then has the same part of both copies, and
+        the other parts are unused.
         """
         weight = self.replicated_embedding
         if weight is not None:
@@ -319,64 +329,67 @@ class PonderGPTModel(LanguageModule):
 
     @property
     def replicated_embedding(self) -> torch.nn.Parameter | None:
-        """The embedding, where it is on the first and on the last stage without being tied."""
+        """This rank's copy of an untied embedding that is on the first and on the last stage."""
         if not self.replicates_embedding:
             return None
         holder = self.embedding.word_embeddings if self.pre_process else self.embedding_copy
-        return holder.weight
+        weight: torch.nn.Parameter = holder.weight
+        return weight
 
     def run_layers(self, pass_: Pass, hidden: Tensor, rotary: Tensor | None = None) -> Tensor:
-        """All layers of this rank; every slot of a token has the token's position.
+        """Run this rank's layers; all slots of a token have the token's position.
 
         Args:
             pass_: the pass.
             hidden: [s * slots, b, h] (local under sequence and context parallelism).
-            rotary: what queries and keys are rotated by, where `hidden` is not a whole text.
+            rotary: table for queries and keys; None: computed for a text from position 0.
 
         Returns:
-            [s * slots, b, h], or on the last stage [s * output slots, b, h]: the last layer gives
-            the slots that are read only.
+            [s * slots, b, h]; on the last stage [s * output slots, b, h].
         """
         if rotary is None and self.rotary_pos_emb is not None:
             num_tokens = self._num_tokens(hidden.size(0) // pass_.slots_per_token)
             rotary = self.rotary_of(num_tokens, pass_.slots_per_token, hidden.dtype)
-        if not self.pre_process:  # a block without the embedding reads its input from here
+        if not self.pre_process:  # the block takes its input from here, not from its argument
             self.decoder.set_input_tensor(hidden)
-        return self.decoder(
+        outputs: Tensor = self.decoder(
             hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=pass_
         )
+        return outputs
 
     def rotary_of(self, num_tokens: int, slots_per_token: int, dtype: torch.dtype) -> Tensor:
-        """The table of `kernels.rotary` for a text (this rank's shard of it)."""
+        """The table of `kernels.rotary` for a text from position 0 (this rank's shard)."""
         assert self.rotary_pos_emb is not None
         angles = self.rotary_pos_emb.get_emb(num_tokens)
         angles = local_shard(angles, dim=0, group=self.pg_collection.cp)
         return rotary_table(angles, slots_per_token, dtype)
 
     def _num_tokens(self, num_tokens_local: int) -> int:
-        """Tokens of the whole sequence, from those whose slots this rank has."""
+        """Tokens of the whole sequence, from the number whose slots are on this rank."""
         tp_size = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        return num_tokens_local * tp_size * self.pg_collection.cp.size()
+        return int(num_tokens_local * tp_size * self.pg_collection.cp.size())
 
     def norm_outputs(self, pass_: Pass, hidden: Tensor) -> Tensor:
-        """What the layers gave, normed if the pass says so: [s * output slots, b, h]."""
+        """Apply the final norm if the pass has one: [s * output slots, b, h]."""
         return self.final_norm(hidden) if pass_.final_norm else hidden
 
     def compute_output(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits, or the loss of each token; see `forward`. `outputs` is [s, b, h]."""
+        """Logits, or the loss of each token, as `forward` returns them. `outputs` is [s, b, h]."""
         if labels is not None and self.config.cross_entropy_loss_fusion:
-            # [b, s] -> [s, b], and the losses back
-            losses = self.output_layer(outputs, self._tied_weight(), labels=labels.t())
-            return losses.t().contiguous()
+            # [b, s] -> [s, b], and back
+            fused: Tensor = self.output_layer(outputs, self._tied_weight(), labels=labels.t())
+            return fused.t().contiguous()
         logits = self.compute_logits(outputs)
         if labels is None:
             return logits.transpose(0, 1)
-        return self.compute_language_model_loss(labels, logits)
+        losses: Tensor = self.compute_language_model_loss(labels, logits)
+        return losses
 
     def _tied_weight(self) -> Tensor | None:
-        """The output layer's weight where it is the embedding's; None where it has its own."""
+        """The embedding's weight if the output layer shares it; None if that has its own."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
+            weight: Tensor = self.shared_embedding_or_output_weight()
+            return weight
         return None
 
     def compute_logits(self, outputs: Tensor) -> Tensor:
@@ -388,12 +401,12 @@ class PonderGPTModel(LanguageModule):
         self,
         prefix: str = "",
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """As megatron-core's GPTModel: the final norm is stored as the decoder's.
+        """As megatron-core's GPTModel: the final norm is stored under the decoder's name.
 
-        TransformerEngine's attention would ask for a state that other attention does not save, and
-        that is empty without delayed scaling.
+        Leaves out the extra state of TransformerEngine's attention. Other attention does not save
+        one, and it is empty without delayed scaling.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for key in [key for key in state if key.endswith("core_attention._extra_state")]:

@@ -1,4 +1,4 @@
-"""Which modules a layer is made of. Only this file of the package looks at the architecture."""
+"""The modules of a transformer layer, chosen by named settings and backends."""
 
 import dataclasses
 import functools
@@ -26,9 +26,9 @@ MLPS: dict[str, type[MLP]] = {"swiglu": SwigluMLP, "gelu": GeluMLP, "gelu_tanh":
 def layer_spec(config: ResolvedConfig, backends: Backends) -> ModuleSpec:
     """megatron-core's layer with our attention and MLP, in our layer.
 
-    Starts from megatron-core's own specs, so that what it changes between versions (how `mlp` is
-    described, for one) stays its own business. Linear layers are megatron-core's on torch, or
-    TransformerEngine's, which have the norms inside them.
+    Starts from megatron-core's own specs, which differ between versions (in the form of `mlp`, for
+    example). Linear layers are megatron-core's on torch, or TransformerEngine's with the norms
+    inside.
     """
     model = config.model
     is_local = backends.transformer_impl == "local"
@@ -69,10 +69,9 @@ def _local_layer(model: ResolvedModelConfig) -> Any:
 
 
 def _transformer_engine_layer() -> Any:
-    """TransformerEngine's linear layers; those that read the residual stream norm it first.
+    """TransformerEngine's linear layers; the first of each branch norms its input.
 
-    The norm modules of the layer are the identity. Both kinds of residual give the branches the
-    same input as they give the norms of a local layer.
+    The norm modules of the layer are the identity.
     """
     return get_gpt_layer_with_transformer_engine_spec().submodules
 
@@ -80,12 +79,13 @@ def _transformer_engine_layer() -> Any:
 def _core_attention(backends: Backends) -> type[torch.nn.Module]:
     """Ours on torch or flash-attn, or TransformerEngine's.
 
-    TransformerEngine's shards a sequence over ranks as we do, so nothing else changes with it.
+    Both shard a sequence over context-parallel ranks in the same way.
     """
     if backends.attention == "te":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        return TEDotProductAttention
+        attention: type[torch.nn.Module] = TEDotProductAttention
+        return attention
     return FlashCoreAttention if backends.attention == "flash" else SdpaCoreAttention
 
 

@@ -11,7 +11,7 @@ one per chunk, around the same weights, so that the number of passes may change 
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -184,8 +184,12 @@ class _Scheduled(torch.nn.Module):
         """Token losses, or what goes to the next stage."""
         tokens, labels = batch["tokens"], batch["labels"]
         if self._pass is None:
-            return self._model(tokens, labels, self._plan)
-        return self._model.forward_pass(self._pass, self._plan, tokens, labels, self._received)
+            output: Tensor = self._model(tokens, labels, self._plan)
+        else:
+            output = self._model.forward_pass(
+                self._pass, self._plan, tokens, labels, self._received
+            )
+        return output
 
 
 def _schedule_config(model: ParallelModel) -> TransformerConfig:
@@ -201,7 +205,7 @@ def _schedule_config(model: ParallelModel) -> TransformerConfig:
         finalize_model_grads(model.chunks, **kwargs)
         _divide_gradients(model, num_tokens)
         for module in model.modules:
-            module.add_up_replicated_embedding()
+            module.all_reduce_replicated_embedding()
 
     config.finalize_model_grads_func = finalize
     return config
@@ -235,7 +239,7 @@ def _prepare(batch: Batch) -> Batch:
     }
 
 
-def _forward_step(batches: Iterator[Batch], model: _Scheduled) -> tuple[Tensor, functools.partial]:
+def _forward_step(batches: Iterator[Batch], model: _Scheduled) -> tuple[Tensor, Callable[..., Any]]:
     """One micro-batch: what comes out, and how to reduce it if it is a loss."""
     batch = next(batches)
     return model(batch), functools.partial(_sum_loss, batch["loss_mask"])

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import BackendError
@@ -54,7 +55,7 @@ def diagnose(config: ResolvedConfig, found: Capabilities) -> dict[str, object]:
     return report | {"chosen": chosen}
 
 
-def as_text(report: dict) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"Python {report['python']}", "", "Found:"]
     lines += [f"  {name}: {what}" for name, what in report["found"].items()]

@@ -159,12 +159,14 @@ def ranks() -> Ranks:
 
 def tensor_parallel_group() -> dist.ProcessGroup:
     """Ranks that share each layer's weights."""
-    return parallel_state.get_tensor_model_parallel_group()
+    group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group
 
 
 def context_parallel_group() -> dist.ProcessGroup:
     """Ranks that share each sequence."""
-    return parallel_state.get_context_parallel_group()
+    group: dist.ProcessGroup = parallel_state.get_context_parallel_group()
+    return group
 
 
 def backward_pipeline_group() -> dist.ProcessGroup:
@@ -175,7 +177,8 @@ def backward_pipeline_group() -> dist.ProcessGroup:
 
 def data_parallel_group() -> dist.ProcessGroup:
     """Ranks that hold the same weights and different samples (context-parallel ranks included)."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
 
 
 def _choose_backend(wanted: str) -> str:

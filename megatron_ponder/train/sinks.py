@@ -138,7 +138,7 @@ def write_all(sinks: Sequence[Sink], record: Record) -> None:
 def _is_kept(line: str, iteration: int) -> bool:
     """Whether a line is a whole record of an iteration that the run has behind it."""
     try:
-        return json.loads(line)["iteration"] <= iteration
+        return bool(json.loads(line)["iteration"] <= iteration)
     except json.JSONDecodeError:  # cut off by a crash
         return False
 
