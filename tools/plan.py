@@ -18,6 +18,7 @@ compare layouts, not to predict seconds. docs/parallelism.md explains all figure
 
 import json
 import sys
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +30,21 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import exit_on_user_error
 from megatron_ponder.planning.options import PlanOptions, ScalingOptions
 
-SCALING = r"""Searches the best layout of a run for each of several numbers of devices.
-
-    python tools/plan.py scaling --preset pythia-12b --bf16 --global-batch-size 1024 \
-        --num-jacobi-iterations 3 --world-sizes 8 64 512 4096 --picture scaling.png
-
-Takes the flags below and every setting of megatron_ponder.pretrain (its --help lists them), of
-which --global-batch-size must be given; layout, micro-batch and recompute settings are replaced.
-All results are predictions. docs/parallelism.md explains how they are made.
-"""
-
 
 @exit_on_user_error
 def main() -> None:
     """Parse flags, plan, print."""
     if sys.argv[1:2] == ["scaling"]:
-        _scale(*_parse(ScalingOptions, "tools/plan.py scaling", SCALING, sys.argv[2:]))
+        _scale(
+            *_parse(ScalingOptions, "tools/plan.py scaling", getdoc(ScalingOptions), sys.argv[2:])
+        )
     else:
         _plan(*_parse(PlanOptions, "tools/plan.py", __doc__, sys.argv[1:]))
 
 
-def _parse(kind: type, prog: str, description: str, arguments: list[str]) -> tuple[Any, RunConfig]:
+def _parse(
+    kind: type, prog: str, description: str | None, arguments: list[str]
+) -> tuple[Any, RunConfig]:
     known = {"prog": prog, "description": description, "return_unknown_args": True}
     options, settings = tyro.cli(kind, args=arguments, **known)
     config = parse_args(settings, prog=prog)

@@ -43,7 +43,15 @@ class PlanOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingOptions:
-    """Numbers of devices, and what is assumed of the devices and of their network."""
+    r"""Searches the best layout of a run for each of several numbers of devices.
+
+        python tools/plan.py scaling --preset pythia-12b --bf16 --global-batch-size 1024 \
+            --num-jacobi-iterations 3 --world-sizes 8 64 512 4096 --picture scaling.png
+
+    Takes the flags below and every setting of megatron_ponder.pretrain (its --help lists them).
+    --global-batch-size must be given; settings of layout, micro-batch and recompute are replaced.
+    All results are predictions. docs/parallelism.md explains how they are made.
+    """
 
     world_sizes: tuple[int, ...] = (8, 64, 512, 4096)
     """Numbers of devices; the best layout is searched for each."""

@@ -1,17 +1,17 @@
-"""In which order each pipeline stage works: megatron-core's schedules, written down.
+"""The order in which each pipeline stage works: megatron-core's schedules as data.
 
 A stage runs one instruction after the other: it computes the forward or backward of a micro-batch
-through a chunk, sends what came out, or waits for what the next computation needs. The list of
-instructions follows megatron-core 0.16's schedules line by line (tests compare it with
-`get_schedule_table` and `get_pp_rank_microbatches`):
+through a chunk, sends the result, or waits for the input of the next computation. The instructions
+are those of megatron-core 0.16's schedules (tests compare them with `get_schedule_table`,
+`get_pp_rank_microbatches` and recordings of the schedules):
 
     one chunk, several stages    forward_backward_pipelining_without_interleaving (1F1B)
     several chunks and stages    forward_backward_pipelining_with_interleaving, groups of p
     one stage                    forward_backward_no_pipelining
 
-Without overlapped communication a stage sends after a forward and the backward that follows it, and
-then waits for the inputs of both of the next; with it, it sends at once and waits when it must.
-Left out: how long anything takes (timeline.py).
+In the interleaved schedule without overlapped communication a stage sends after a forward and the
+backward that follows it, and then waits for the inputs of the next two. Otherwise it sends at once
+and waits as late as possible. Left out: how long anything takes (timeline.py).
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ class Work(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """What a stage does next."""
+    """One step of a stage."""
 
     action: Literal["compute", "send", "wait"]
-    """Compute it; send what it gave; wait for what it needs."""
+    """Compute it, send its result, or wait for its input."""
     work: Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """The numbers that decide the order.
+    """The numbers that determine the order.
 
     Raises:
         ConfigError: megatron-core's interleaved schedule cannot run these.
@@ -62,7 +62,7 @@ class Pipeline:
     """Evaluation."""
 
     def __post_init__(self) -> None:
-        """Check what the schedules need."""
+        """Check what the schedules require."""
         assert self.num_pipeline_stages >= 1 and self.num_chunks >= 1 and self.num_microbatches >= 1
         assert 0 <= self.first_grad_chunk < self.num_chunks
         if self.is_interleaved and self.num_microbatches % self.num_pipeline_stages:
@@ -77,7 +77,7 @@ class Pipeline:
         return self.num_pipeline_stages > 1 and self.num_chunks > 1
 
     def source(self, stage: int, work: Work) -> tuple[int, Work] | None:
-        """Stage and work whose result `work` on `stage` needs from elsewhere; None: nothing.
+        """The other stage and its work whose result `work` on `stage` needs; None: no other.
 
         The last stage's output of a chunk is the first stage's input of the next.
         """
@@ -167,7 +167,7 @@ def _in_pairs(
 ) -> Iterator[Instruction]:
     """The interleaved schedule without overlap: one exchange after each forward and backward.
 
-    The inputs of a forward and of the backward behind it are received together, before the forward.
+    The inputs of a forward and of the backward after it are received together, before the forward.
     """
     yield from _one_by_one(warmup)
     for forward, backward in steady:

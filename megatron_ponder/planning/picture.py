@@ -11,6 +11,8 @@ from megatron_ponder.planning.flops import simulate_step
 from megatron_ponder.planning.run import PlannedRun
 from megatron_ponder.planning.timeline import Event, Timeline
 
+Colour = tuple[float, float, float]
+
 PASS_COLOURS = (
     *("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed"),
     *("#0891b2", "#ca8a04", "#dc2626", "#4b5563", "#65a30d"),
@@ -78,8 +80,8 @@ def draw_timeline(timeline: Timeline, path: Path, *, title: str, num_layer_chunk
         Patch(color=_shade(GREY, True), label="backward"),
         Patch(facecolor=BACKGROUND, edgecolor="#d1d5db", label="waiting"),
     ]
-    where = "outside lower left"
-    figure.legend(handles=handles, loc=where, ncols=min(len(handles), 9), frameon=False)
+    num_columns = min(len(handles), 9)
+    figure.legend(handles=handles, loc="outside lower left", ncols=num_columns, frameon=False)
     save_png(figure, path)
 
 
@@ -104,13 +106,13 @@ def _draw_event(axes: Axes, event: Event, num_layer_chunks: int, inches_per_s: f
         axes.bar_label(bars, [text], label_type="center", fontsize=7, color=colour)
 
 
-def _colour(pass_: int, is_backward: bool) -> tuple[float, ...]:
+def _colour(pass_: int, is_backward: bool) -> Colour:
     """The pass's colour."""
     return _shade(PASS_COLOURS[pass_ % len(PASS_COLOURS)], is_backward)
 
 
-def _shade(colour: str, is_backward: bool) -> tuple[float, ...]:
+def _shade(colour: str, is_backward: bool) -> Colour:
     """Dark for a backward, light for a forward."""
-    if is_backward:
-        return tuple(BACKWARD_SHADE * part for part in to_rgb(colour))
-    return tuple(FORWARD_TINT + (1 - FORWARD_TINT) * part for part in to_rgb(colour))
+    factor, offset = (BACKWARD_SHADE, 0.0) if is_backward else (1 - FORWARD_TINT, FORWARD_TINT)
+    red, green, blue = (offset + factor * part for part in to_rgb(colour))
+    return red, green, blue

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_ponder import log
+from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
@@ -232,7 +233,7 @@ def _layout(
     }
 
 
-def _overlap_is_exact(config: RunConfig, base: PlannedRun) -> bool:
+def _overlap_is_exact(config: ResolvedConfig, base: PlannedRun) -> bool:
     """Whether gradients may be reduced during the backward."""
     try:
         check_hook_counts(config, base.method)

@@ -121,7 +121,7 @@ def _per_device(axes: Axes, rows: Rows, compared: str) -> None:
     """Throughput of a device."""
     key = "tokens_per_s_per_device"
     _lines(axes, rows, key, compared)
-    best = {"marker": "_", "markersize": 14, "linestyle": "none", "color": COMPARED}
+    best: dict[str, Any] = {"marker": "_", "markersize": 14, "linestyle": "none", "color": COMPARED}
     values = [row["compared_best"][key] for row in rows]
     axes.plot(values, label=f"{compared}, its best layout", **best)
     for place, row in enumerate(rows):
@@ -154,7 +154,7 @@ def _time(axes: Axes, rows: Rows) -> None:
     _pairs(axes, rows, "time_s", steps)
     axes.set_ylim(0, 1.25)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    legend = {"handles": _patches(TIME_COLOURS), "loc": "upper left", "ncols": 3}
+    legend: dict[str, Any] = {"handles": _patches(TIME_COLOURS), "loc": "upper left", "ncols": 3}
     _finish(axes, rows, "share of a step's time", layouts=True, **legend)
 
 
@@ -191,5 +191,5 @@ def _memory(axes: Axes, rows: Rows, limit_gib: float) -> None:
     _pairs(axes, rows, "memory_bytes", [(GIB, GIB)] * len(rows))
     axes.axhline(limit_gib, color="#111827", linewidth=0.8)
     axes.set_ylim(0, 1.25 * limit_gib)
-    legend = {"handles": _patches(MEMORY_COLOURS), "loc": "upper left", "ncols": 2}
+    legend: dict[str, Any] = {"handles": _patches(MEMORY_COLOURS), "loc": "upper left", "ncols": 2}
     _finish(axes, rows, "GiB of the rank that needs most (line: the limit)", **legend)

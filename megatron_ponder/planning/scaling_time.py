@@ -62,7 +62,7 @@ class StepTime:
     @property
     def total_s(self) -> float:
         """The step."""
-        return sum(dataclasses.astuple(self))
+        return float(sum(dataclasses.astuple(self)))
 
 
 class StepClock:

@@ -1,9 +1,9 @@
-"""When each stage does what: a simulation of one step on a pipeline, event by event.
+"""When each stage computes what: a simulation of one step of a pipeline, event by event.
 
-Instructions come from order.py, durations from whoever measured or estimated them. Each stage has
-one clock: a computation takes its time, a send takes none, a wait lasts until the message has
-arrived. A message travels for `latency_s` once it has been sent and, without overlapped
-communication, once its receiver asks for it, which is when it begins to wait.
+Instructions come from order.py, durations from the caller. Each stage has one clock: a computation
+takes its duration, a send takes no time, a wait lasts until the message has arrived. A message
+travels for `latency_s` after it has been sent and, without overlapped communication, after its
+receiver has begun to wait for it.
 
 Closed form: if all chunks cost f forward and b backward, on p stages with m micro-batches (a
 multiple of p) and c chunks,
@@ -11,9 +11,9 @@ multiple of p) and c chunks,
     makespan = (m c + p - 1) (f + b),   bubble = (p - 1) / (m c + p - 1) of it.
 
 This is exact at latency 0, with and without overlapped communication (tests compare). It is not
-where chunks differ (growth passes are shorter, the last pass has the head), where stages differ
-(the last has the head, an uneven split), or where tensors take time to travel: then stages wait
-for the longest, and the simulation says how long.
+exact if chunks differ (growth passes are shorter, the last pass has the head), if stages differ
+(the last has the head, an uneven split), or if messages take time: then stages wait for the
+longest, and the simulation says how long.
 """
 
 import dataclasses
@@ -68,12 +68,12 @@ def equal_chunks_bubble(num_pipeline_stages: int, num_microbatches: int, num_chu
 def simulate(
     pipeline: Pipeline, forward_s: Table, backward_s: Table, latency_s: float = 0.0
 ) -> Timeline:
-    """Run one step on paper.
+    """Simulate one step.
 
     Args:
-        pipeline: what is run in which order.
+        pipeline: the order.
         forward_s: seconds of a forward, [stage][chunk].
-        backward_s: seconds of a backward, [stage][chunk], what is recomputed included.
+        backward_s: seconds of a backward with its recompute, [stage][chunk].
         latency_s: from sending to arrival at another stage.
     """
     for table in (forward_s, backward_s):
@@ -91,17 +91,17 @@ def simulate(
 def simulate_each(
     pipeline: Pipeline, duration_s: Callable[[int, Work], float], latency_s: float = 0.0
 ) -> Timeline:
-    """Run one step on paper with a duration for every single computation.
+    """Simulate one step, with a duration for every single computation.
 
     Args:
-        pipeline: what is run in which order.
+        pipeline: the order.
         duration_s: seconds, by stage and work.
         latency_s: from sending to arrival at another stage.
     """
     num_pipeline_stages = pipeline.num_pipeline_stages
     programs = [pipeline.instructions(stage) for stage in range(num_pipeline_stages)]
     positions, clocks = [0] * num_pipeline_stages, [0.0] * num_pipeline_stages
-    asked_s: list[float | None] = [None] * num_pipeline_stages  # since when a stage waits
+    asked_s: list[float | None] = [None] * num_pipeline_stages  # when a stage began to wait
     sent_s: dict[tuple[int, Work], float] = {}
     events: list[list[Event]] = [[] for _ in programs]
     latency_s = latency_s if num_pipeline_stages > 1 else 0.0

@@ -44,13 +44,16 @@ def test_text() -> None:
 def test_help_teaches() -> None:
     ended = run_fresh("tools/plan.py", "--help")
     assert ended.returncode == 0
-    assert "--world-size" in ended.stdout and "--device-memory-gib" in ended.stdout
+    assert "--world-size INT" in ended.stdout and "--device-memory-gib" in ended.stdout
+    ended = run("scaling", "--help")
+    assert ended.returncode == 0
+    assert "--global-batch-size 1024 \\\n" in ended.stdout and "--world-sizes" in ended.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", RECIPE], "--world-size"),
+        (["--config", RECIPE], "--world-size must be given"),
         (["--config", RECIPE, "--world-size", "0"], "--world-size 0: must be at least 1"),
         (["--config", "nowhere.yaml", "--world-size", "1"], "nowhere.yaml: cannot be read"),
         (["--world-size", "1"], "--vocab-size must be given"),
