@@ -53,7 +53,7 @@ def draw_scaling(result: dict[str, Any], path: Path, name: str = "") -> None:
         x=0.01,
         ha="left",
     )
-    panels = figure.subplots(2, 3).flat
+    panels = list(figure.subplots(2, 3).flat)
     for axes in panels:
         axes.grid(color="#e5e7eb", axis="y")
         axes.set_axisbelow(True)
