@@ -17,18 +17,18 @@ def build_model(config: ResolvedConfig) -> PonderGPTModel:
 
     Raises:
         ConfigError: the method is unknown.
-        BackendError: a backend that was asked for cannot be used here.
+        BackendError: a requested backend cannot be used here.
     """
     (model,) = build_model_chunks(config)
     return model
 
 
 def build_model_chunks(config: ResolvedConfig) -> list[PonderGPTModel]:
-    """This pipeline rank's chunks of layers, usually one, with initial weights.
+    """This pipeline rank's layer chunks, usually one, with initial weights.
 
     Raises:
         ConfigError: the method is unknown, or cannot run on the layout.
-        BackendError: a backend that was asked for cannot be used here.
+        BackendError: a requested backend cannot be used here.
     """
     here, backends = ranks(), use_backends(config)
     choose_kernels(backends.kernels)

@@ -1,9 +1,9 @@
-"""Which tokens of a sequence a context-parallel rank holds, and the sequence put together again.
+"""How a sequence is sharded over context-parallel ranks, and gathered again.
 
 A sequence of s tokens is cut into 2c chunks for c ranks; rank r holds chunks r and 2c - 1 - r, so
-that under causal attention all ranks have the same work. A token's slots lie together, so the same
-holds for an interleaved sequence: each rank interleaves what it holds, and only attention needs
-the other ranks. This is also how TransformerEngine and megatron-core shard a sequence.
+that all ranks do the same work in causal attention. The slots of a token lie together, so the same
+sharding holds for an interleaved sequence: each rank interleaves its own tokens, and only attention
+needs other ranks. TransformerEngine and megatron-core shard sequences in the same way.
 """
 
 import torch

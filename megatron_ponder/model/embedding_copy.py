@@ -1,11 +1,10 @@
-"""The embedding table a second time, where the output layer is and a method mixes embeddings.
+"""A copy of the embedding table on the last pipeline stage, for methods that mix embeddings.
 
-Mixing needs the table on the last pipeline stage. With tied embeddings it is there; otherwise the
-last stage keeps a copy, which is the same parameter in everything but memory: equal initial weights
-(drawn by name), gradients added up over both stages (`parallel.schedule`), one entry in
-checkpoints, counted once in the gradient norm. megatron-core does this for tied embeddings only; by
-the attributes that are set here it counts such a parameter once, and cuts the distributed
-optimizer's shards of both alike.
+Tied embeddings are on the last stage anyway. Otherwise the last stage keeps a copy that acts as the
+same parameter: equal initial weights (drawn by name), gradients summed over both stages
+(`parallel.schedule`), one entry in checkpoints, counted once in the gradient norm. megatron-core
+does this for tied embeddings only. The attributes set here make it count the parameter once and
+shard both copies alike in the distributed optimizer.
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ COPY = "embedding_copy.weight"
 
 
 class EmbeddingCopy(tensor_parallel.VocabParallelEmbedding):
-    """The last stage's copy; nothing is looked up in it.
+    """The last stage's copy, used as a matrix; no token is looked up in it.
 
     Args:
         config: megatron-core's config.
@@ -49,10 +48,10 @@ class EmbeddingCopy(tensor_parallel.VocabParallelEmbedding):
         mark_as_replicated(self.weight, is_copy=True)
 
     def forward(self) -> Tensor:
-        """The whole local table, [v / tp, h].
+        """The local table, [v / tp, h].
 
-        To be asked by calling the module: where weights are gathered while the forward goes on,
-        megatron-core waits for a module's in a hook of its call.
+        Call the module to get it: with --overlap-param-gather megatron-core completes a module's
+        weights in a hook of its call.
         """
         weight: Tensor = self.weight
         return weight
@@ -63,7 +62,7 @@ class EmbeddingCopy(tensor_parallel.VocabParallelEmbedding):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """The table under the key of the original, as a replica that is not written."""
+        """The table under the original's key, as a replica that is not written."""
         assert metadata is not None and not sharded_offsets
         model_prefix = prefix.removesuffix("embedding_copy.")
         weight = make_tp_sharded_tensor_for_checkpoint(

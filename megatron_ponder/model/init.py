@@ -1,7 +1,7 @@
 """Initial weights, drawn by parameter name.
 
-The numbers of a parameter depend on the seed and its name only: each rank draws the whole tensor
-and keeps its shard, so that every layout starts from the same weights. Two schemes:
+A parameter's values depend on the seed and its name only. Each rank draws the whole tensor and
+keeps its shard, so that every layout starts from the same weights. Two schemes:
 
 normal: N(0, init_method_std) for linear layers, embeddings and learned positions.
 small:  the same parameters from a normal truncated at 3 sigma, sigma = sqrt(2 / (5 h)); the two
@@ -27,10 +27,10 @@ RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.wei
 
 @torch.no_grad()
 def initialize_weights(model: PonderGPTModel, config: ResolvedConfig) -> None:
-    """Draw all weights of `model` (this rank's shards) in place."""
+    """Draw this rank's shards of all weights of `model`, in place."""
     scheme = config.model.init_method or model.method.default_init_method
     for name, parameter in model.named_parameters():
-        # Norms by themselves, or within TransformerEngine's linear layers (layer_norm_weight).
+        # Norm modules, or norms inside TransformerEngine's linear layers (layer_norm_weight).
         module, kind = name.rsplit(".", 2)[-2:]
         if kind.endswith("bias"):
             parameter.zero_()
@@ -44,7 +44,7 @@ def initialize_weights(model: PonderGPTModel, config: ResolvedConfig) -> None:
 def _draw(
     parameter: Tensor, name: str, scheme: str, config: ResolvedConfig, tp_group: ProcessGroup
 ) -> None:
-    """Fill a weight with this rank's part of the tensor that seed and name determine."""
+    """Fill a weight with its shard of the tensor determined by seed and name."""
     is_sharded = getattr(parameter, "tensor_model_parallel", False)
     shape = list(parameter.shape)
     if is_sharded:
@@ -75,14 +75,14 @@ def _small_init_std(name: str, config: ResolvedConfig) -> float:
 
 
 def _shard(whole: Tensor, parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
-    """This rank's rows or columns; a stride of 2 means gate and up projections sharded apart."""
+    """This rank's rows or columns. Stride 2: gate and up projections are sharded separately."""
     dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
     chunks = whole.chunk(tp_group.size() * stride, dim=dim)
     return torch.cat(chunks[tp_group.rank() :: tp_group.size()], dim=dim)
 
 
 def name_in_whole_model(name: str, model: PonderGPTModel) -> str:
-    """The parameter's name where one rank holds the whole model.
+    """The parameter's name in a model without pipeline parallelism.
 
     A pipeline stage counts its layers from 0, and the last stage may have a copy of the embedding.
     """

@@ -1,22 +1,22 @@
-"""Output layer and cross entropy in one, without the logits of all tokens.
+"""The output layer fused with the cross entropy, in chunks of tokens.
 
     loss_t = log sum_v exp(h_t W_v) - h_t W_y(t)
 
-Tokens are taken in chunks: a chunk's logits are made (in the run's dtype), read once for the
-statistics of `kernels.cross_entropy`, and dropped. Composed, logits are kept in fp32 for the
-backward: tokens x vocabulary x 4 bytes, for 16384 tokens and 50304 rows 3.1 GiB, and twice that at
-the peak.
+The full logits are never materialised. For each chunk the forward computes the logits in the run's
+dtype, reduces them to the statistics of `kernels.cross_entropy`, and drops them. The composed form
+keeps logits in fp32 for the backward: tokens x vocabulary x 4 bytes, which is 3.1 GiB for 16384
+tokens and 50304 rows, and twice that at the peak.
 
-The backward makes the logits of each chunk again. Gradients cannot be computed in the forward
-instead, as others do who reduce the loss to one number there: the weight's gradient sums tokens
-times the gradient of each token's loss, which masks and micro-batches give only in the backward.
-The price is one product with the vocabulary more, four instead of three: of a training step with
-ponderlm2, K = 1, R = 2, that is 0.8% of a 410M Llama's FLOPs and 0.4% of a 1.4B's.
+The backward recomputes the head matmul of each chunk. Implementations that reduce the loss to one
+number compute gradients in the forward instead. That does not work here: the weight gradient needs
+the gradient of each token's loss, which masks and micro-batches determine only in the backward. The
+price is one more matmul with the vocabulary, four instead of three: 0.8% of the FLOPs of a training
+step of a 410M Llama and 0.4% of a 1.4B's (ponderlm2, K = 1, R = 2).
 
-The vocabulary may be spread over tensor-parallel ranks: maxima, then sums of exponentials and the
-label's logits, are reduced once for all chunks. Under sequence parallelism hidden states are
-gathered for the forward and again for the backward, as the output layer does. Padded columns take
-no part. Weight gradients of several chunks are added up in fp32.
+The vocabulary may be sharded over tensor-parallel ranks. They reduce the maxima, then the sums of
+exponentials and the labels' logits, once for all chunks. Under sequence parallelism hidden states
+are gathered in the forward and again in the backward, as in the output layer. Padded columns do not
+enter. Weight gradients of several chunks are accumulated in fp32.
 """
 
 from typing import Any
@@ -30,8 +30,8 @@ from megatron_ponder.kernels.cross_entropy import logits_gradient_, row_statisti
 from megatron_ponder.kernels.weight_gradient import add_weight_gradient
 
 MAX_CHUNK_BYTES = 256 * 2**20
-"""Logits of a chunk, where the caller does not say how many tokens it has. Each chunk reads and
-writes the weight gradient once, so that small chunks cost time."""
+"""Size of a chunk's logits unless the caller sets the number of tokens. Each chunk reads and writes
+the weight gradient once, so small chunks cost time."""
 
 
 def linear_cross_entropy(
@@ -52,8 +52,8 @@ def linear_cross_entropy(
         labels: int64 [s, b], ids in the whole vocabulary.
         vocab_size: rows that are no padding, over all ranks.
         tp_group: the ranks that share the vocabulary.
-        sequence_parallel: whether each rank has its part of the tokens only.
-        chunk_tokens: tokens in a chunk; None: as many as have logits of `MAX_CHUNK_BYTES`.
+        sequence_parallel: whether each rank has only its part of the tokens.
+        chunk_tokens: tokens in a chunk; None: as many as fill `MAX_CHUNK_BYTES`.
 
     Returns:
         fp32 [s, b].
@@ -76,7 +76,7 @@ def default_chunk_tokens(num_rows: int, element_bytes: int) -> int:
 
 
 class _Shard:
-    """Which part of vocabulary and tokens a rank has."""
+    """The part of vocabulary and tokens on a rank."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class _Shard:
         self.chunk_tokens = chunk_tokens
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """All tokens' hidden states as rows: [s (/ tp), b, h] -> [s * b, h]."""
+        """Hidden states of all tokens as rows: [s (/ tp), b, h] -> [s * b, h]."""
         if self.is_scattered:
             shape = (hidden.size(0) * self.group.size(), *hidden.shape[1:])
             whole = hidden.new_empty(shape)
@@ -103,7 +103,7 @@ class _Shard:
         return hidden.reshape(-1, hidden.size(-1))
 
     def sum_and_scatter(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """The ranks' gradients of all rows added up, and of those this rank's."""
+        """Sum the ranks' gradients of all rows; return the rows of this rank."""
         if self.is_scattered:
             mine = torch.empty_like(like, memory_format=torch.contiguous_format)
             dist.reduce_scatter_tensor(mine.view(-1, mine.size(-1)), gradient, group=self.group)
@@ -113,7 +113,7 @@ class _Shard:
         return gradient.view(like.shape)
 
     def chunks(self, *by_row: Tensor) -> Any:
-        """Tensors with a row per token, cut along them."""
+        """Tensors with one row per token, split into chunks."""
         return zip(*(tensor.split(self.chunk_tokens) for tensor in by_row), strict=True)
 
 
@@ -150,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = grad_outputs[0].float().reshape(-1)
         rows = shard.gather(hidden)
         d_rows = torch.empty_like(rows)
-        # One chunk's weight gradient is final: no need to add it up in fp32.
+        # A single chunk's weight gradient is final and needs no fp32 accumulator.
         is_one_chunk = rows.size(0) <= shard.chunk_tokens
         dtype = weight.dtype if is_one_chunk else torch.float32
         d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None

@@ -1,10 +1,10 @@
-"""Stands for apex's module of fused weight gradients, which megatron-core asks for by name.
+"""Replaces apex's module of fused weight gradients, which megatron-core imports by name.
 
 With `gradient_accumulation_fusion` megatron-core's linear layers call
 `fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(input, grad_output, main_grad)` and refuse the
-setting where the import failed. torch can add into an fp32 buffer within a product too; `provide`
-puts that in the module's place, in megatron_core.tensor_parallel.layers (0.16 to 0.19), unless the
-real one is there.
+setting if the import failed. torch too can accumulate a matmul into an fp32 buffer. `provide` puts
+that in the module's place in megatron.core.tensor_parallel.layers (0.16 to 0.19), unless apex's is
+there.
 """
 
 import types
@@ -16,7 +16,7 @@ from megatron_ponder.kernels.weight_gradient import add_weight_gradient
 
 
 def provide() -> None:
-    """Let megatron-core find it; harmless the second time and where apex's is there."""
+    """Install the replacement; does nothing the second time, or if apex's module is there."""
     if not layers._grad_accum_fusion_available:
         module = types.ModuleType("fused_weight_gradient_mlp_cuda")
         module.__dict__["wgrad_gemm_accum_fp32"] = _add
@@ -26,5 +26,5 @@ def provide() -> None:
 
 
 def _add(x: Tensor, dy: Tensor, main_grad: Tensor) -> None:
-    """main_grad += dy^T x for rows in any number of dims."""
+    """main_grad += dy^T x, with any number of leading dims."""
     add_weight_gradient(main_grad, dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1)))

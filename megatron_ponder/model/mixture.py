@@ -1,14 +1,14 @@
-"""The mixture of embeddings that predicted probabilities make, with the vocabulary over ranks.
+"""The mixture of embeddings by predicted probabilities, with the vocabulary sharded over ranks.
 
     mixture = sum over v of softmax(logits)_v E_v
 
-Each tensor-parallel rank has the logits and the embeddings of its part of the vocabulary: maxima
-and sums of the softmax are reduced over the ranks, then the partial mixtures. With `top_k` only the
-largest k logits of the whole vocabulary enter; those that equal the k-th enter too, so that which
-ranks hold them cannot matter.
+Each tensor-parallel rank has the logits and the embeddings of its part of the vocabulary. The ranks
+reduce the maxima and sums of the softmax, then the partial mixtures. With `top_k` only the largest
+k logits of the whole vocabulary enter, and all that equal the k-th, so that the result does not
+depend on which rank has them.
 
-Per slot one row of the vocabulary (local part) is kept for the backward, and nothing else that
-large. Slots of context-parallel ranks have nothing to do with each other.
+The backward keeps one row of the local vocabulary per slot, and no other tensor of that size.
+Context-parallel ranks need no communication here.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def mix_embeddings(
         logits: [slots, b, v / tp], this rank's columns; minus infinity in padded ones.
         embeddings: [v / tp, h], the rows of the same part of the vocabulary, not scaled.
         tp_group: the ranks that share the vocabulary.
-        sequence_parallel: whether each rank gets its part of the slots only.
+        sequence_parallel: whether each rank receives only its part of the slots.
         top_k: how many logits enter; None: all.
 
     Returns:
@@ -44,7 +44,7 @@ def mix_embeddings(
 
 
 class _Mixture(torch.autograd.Function):
-    """The formula of the module; its gradients, with g = d loss / d mixture, are below.
+    """The module's formula and its gradients, with g = d loss / d mixture.
 
     d E_v = sum over slots of p_v g;    d logits_v = p_v (g E_v - g mixture)
     """
@@ -115,7 +115,7 @@ def _kth_largest(logits: Tensor, k: int, group: ProcessGroup) -> Tensor:
 
 
 def _gather(shard: Tensor, group: ProcessGroup) -> Tensor:
-    """Each rank's slots put together: [slots / tp, ...] -> [slots, ...]."""
+    """Gather the slots of all ranks: [slots / tp, ...] -> [slots, ...]."""
     whole = shard.new_empty(shard.size(0) * group.size(), *shard.shape[1:])
     dist.all_gather_into_tensor(whole, shard, group=group)
     return whole

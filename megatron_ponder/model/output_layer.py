@@ -1,8 +1,7 @@
 """The output layer, from hidden states to logits or straight to the loss.
 
-megatron-core's, with a second way to call it. The fused loss reads the weight, and has to get it by
-calling the module: where weights are gathered while the forward goes on, megatron-core waits for
-them in a hook of that call.
+megatron-core's layer with a second mode for the fused loss. Both modes are calls of the module,
+since with --overlap-param-gather megatron-core completes a module's weights in a hook of its call.
 """
 
 from typing import Any
@@ -37,11 +36,11 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         *,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits and None, as megatron-core's; with labels the loss of each token.
+        """Logits and None, as megatron-core's layer; with labels the loss of each token.
 
         Args:
             input_: hidden states [s, b, h], this rank's under sequence parallelism.
-            weight: the embedding's where it is tied; None: this layer's own.
+            weight: the embedding's, if tied; None: this layer's own.
             runtime_gather_output: as megatron-core's.
             labels: int64 [s, b]; None for logits.
         """

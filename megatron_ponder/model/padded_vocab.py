@@ -1,8 +1,8 @@
-"""Vocabulary padding that leaves the numbers alone.
+"""Vocabulary padding without effect on the loss.
 
-The vocabulary is padded to a round number of rows. If the padded logits took part in the softmax,
-the loss would depend on the padding and an export without it would be another model; so they are
-set to minus infinity.
+The vocabulary is padded to a round number of rows. If padded logits entered the softmax, the loss
+would depend on the padding, and an export without it would be a different model. So they are set to
+minus infinity.
 """
 
 from typing import Any
@@ -31,8 +31,8 @@ def mask_padded_columns(logits: Tensor, vocab_size: int, tp_group: ProcessGroup)
 class _MaskColumns(torch.autograd.Function):
     """In-place fill whose backward is the identity.
 
-    Autograd's own in-place slice assignment would copy the whole gradient of the logits to zero the
-    masked part, which is zero already: a softmax gives columns at minus infinity no gradient.
+    Autograd's own in-place slice assignment would copy the whole gradient of the logits to zero its
+    masked part. That part is zero already: softmax has no gradient for columns at minus infinity.
     """
 
     @staticmethod

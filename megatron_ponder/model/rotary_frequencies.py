@@ -1,4 +1,4 @@
-"""Rotary frequencies of a model, with the ways of stretching them to longer sequences.
+"""Rotary frequencies of a model, and their scaling to longer sequences.
 
 linear: position t counts as t / `rotary_seq_len_interpolation_factor`.
 Llama 3.1 (`use_rope_scaling`), for a frequency f of wave length w = 2 pi / f, an original context
@@ -8,8 +8,8 @@ of c tokens, factors l < h and a scale s:
     w > c / l   f / s
     between     (1 - m) f / s + m f,   m = (c / w - l) / (h - l)
 
-megatron-core has both, but l, h and c as constants. Left out: scalings that depend on the length of
-the sequence at hand (dynamic, longrope) or that change the attention's temperature (yarn).
+megatron-core has both, but with constants for l, h and c. Left out: scalings that depend on the
+length of each sequence (dynamic, longrope) or change the attention's temperature (yarn).
 """
 
 import math
@@ -44,7 +44,7 @@ def build_rotary_embedding(
 
 
 def llama3_frequencies(frequencies: Tensor, shape: ResolvedModelConfig) -> Tensor:
-    """Llama 3.1's stretched frequencies, fp32 [d / 2], of unstretched ones; see the module."""
+    """Llama 3.1's scaled frequencies, fp32 [d / 2], from unscaled ones; see the module."""
     low, high = shape.rope_scaling_low_freq_factor, shape.rope_scaling_high_freq_factor
     context = shape.rope_scaling_original_max_position_embeddings
     wave_lengths = 2 * math.pi / frequencies

@@ -1,24 +1,24 @@
-"""How large a model is and what a forward costs, from its shape alone. Plain arithmetic, no torch.
+"""Parameters and FLOPs of a model, from its shape alone. Plain arithmetic, no torch.
 
-Parameters are those of the stock model that an export gives: without the rows that pad the
-vocabulary. Thoughts add none.
+Parameters are those of the exported stock model, without the rows that pad the vocabulary. Thoughts
+add none.
 
-Floating-point operations are those of matrix products, two per multiplication and addition:
+FLOPs are those of matmuls, two per multiply-add:
 
     linear     2 x slots x weights of the layers' linear modules
     attention  Q K^T and the weighted sum of V, half of the square: 2 x slots^2 x heads x d a layer
-    head       2 x tokens x hidden x vocabulary, once, in the pass that the loss reads
-    mixture    the head and its counterpart with the embeddings, 4 x slots read x hidden x
+    head       2 x tokens x hidden x vocabulary, once, in the last pass
+    mixture    the head and its counterpart with the embeddings, 4 x output slots x hidden x
                vocabulary, in every pass whose carry is a mixture of embeddings
 
-A pass with n stages has n x tokens slots. Norms, activations, softmax, rotary positions, biases and
-embedding look-ups are not counted, and neither are the rows that pad the vocabulary, nor anything
-that is computed twice to save memory. Causal attention is counted as half of the square, which is
-what an ideal kernel does; a kernel that computes the whole square gets no credit for it. In the
-last layer, slots that nobody reads are counted up to the attention: that is what is run.
+A pass with n slots per token has n x tokens slots. Norms, activations, softmax, rotary positions,
+biases, embedding lookups, padding rows of the vocabulary and recompute are not counted. Causal
+attention counts as half of the square, which is what an ideal kernel computes; a kernel that
+computes the whole square gets no credit for it. The last layer computes only the output slots after
+its attention, and is counted so.
 
-The backward of a matrix product is two products of the same size: in training a pass with a
-gradient costs three times its forward, one without its forward only (`FlopCounts.training`).
+The backward of a matmul is two matmuls of the same size. In training a pass with gradient costs
+three times its forward; a pass without gradient costs its forward (`FlopCounts.training`).
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ class ParameterCounts:
     layers: int
     """All transformer layers."""
     final_norm: int
-    """The norm behind the last layer."""
+    """The norm after the last layer."""
     head: int
-    """Output layer; 0 where it is tied to the embedding."""
+    """Output layer; 0 if tied to the embedding."""
     total: int
     """All of them."""
 
@@ -56,7 +56,7 @@ class PassFlops:
     head: int
     """Output layer; 0 in all passes but the last."""
     mixture: int
-    """Output layer and weighted sum of embeddings; 0 in passes that mix none."""
+    """Output layer and weighted sum of embeddings; 0 in passes without a mixture."""
     has_grad: bool
     """Whether the backward goes through the pass."""
 
@@ -80,7 +80,7 @@ class FlopCounts:
 
     @property
     def training(self) -> int:
-        """Forward and backward of all passes; nothing that is recomputed is counted again."""
+        """Forward and backward of all passes; recompute is not counted."""
         return sum((3 if p.has_grad else 1) * p.total for p in self.passes)
 
 

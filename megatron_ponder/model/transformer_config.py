@@ -1,4 +1,4 @@
-"""Our settings in megatron-core's terms."""
+"""Translates a resolved config into megatron-core's TransformerConfig."""
 
 import functools
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def build_transformer_config(config: ResolvedConfig, backends: Backends) -> Tran
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
-        # Makes megatron-core add up these norms' gradients over tensor-parallel ranks, each of
-        # which has norms of its own heads only.
+        # Makes megatron-core sum these norms' gradients over tensor-parallel ranks: each rank norms
+        # only its own heads.
         qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -56,27 +56,27 @@ def build_transformer_config(config: ResolvedConfig, backends: Backends) -> Tran
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # A whole pass ("pass") is the model's to recompute, and what is cheap ("selective") our
-        # layers': none of megatron-core's modules.
+        # Our model recomputes whole passes ("pass"), our layers the cheap activations
+        # ("selective"). megatron-core recomputes only in "full".
         recompute_granularity=None if granularity == "pass" else granularity,
         recompute_modules=[],
         recompute_method=config.training.recompute_method if recomputes_layers else None,
         recompute_num_layers=config.training.recompute_num_layers if recomputes_layers else None,
         fp8=config.backend.fp8_format if has_fp8 else None,
-        # Delayed scaling would update its history of largest entries once per pass.
+        # Delayed scaling would update its amax history once per pass.
         fp8_recipe=Fp8Recipe.tensorwise,
         gradient_accumulation_fusion=backends.weight_gradient != "none",
-        # TransformerEngine overwrites a gradient in what it takes for the first micro-batch, and
-        # the backward runs the first pass last. Without this cache it always adds.
+        # TransformerEngine overwrites a gradient in what it takes for the first micro-batch, but
+        # the backward runs the first pass last. Without this cache it always accumulates.
         disable_parameter_transpose_cache=True,
-        # TransformerEngine's own choice could fall back to a kernel that keeps all scores.
+        # TransformerEngine's own choice could fall back to a kernel that stores all scores.
         attention_backend=AttnBackend.fused if backends.attention == "te" else AttnBackend.auto,
-        # Read by our model: megatron-core's own fusion still makes the logits of all tokens.
+        # For our model; megatron-core's own fusion still materialises all logits.
         cross_entropy_loss_fusion=config.backend.cross_entropy_loss_fusion,
         # Gradients are summed over tokens and divided once by their number in the whole batch.
         calculate_per_token_loss=True,
-        # Weights are drawn by parameter name in model.init. megatron-core's initialisation has to
-        # run all the same, because it also marks which parameters are sharded and along what.
+        # model.init draws weights by parameter name. megatron-core's initialisation still runs,
+        # since it also marks which parameters are sharded, and along which dim.
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
