@@ -1,12 +1,12 @@
-"""Says what this machine has, what a run would use on it, and why not something else.
+"""Reports what this machine has, what a run would use on it, and why.
 
     python tools/doctor.py
     python tools/doctor.py --bf16 --fp8-format hybrid --json
     python tools/doctor.py --config examples/llama/ponderlm2-1.4b.yaml
 
-Takes every setting of megatron_ponder.pretrain, of which those that choose backends matter, and the
-flag below. Needs no data. Always ends with exit code 0 unless a flag is misspelt: what a run would
-be refused for is part of the report.
+Accepts every setting of megatron_ponder.pretrain (only those that choose backends matter) and the
+flag below. Needs no data. The exit code is 2 if a flag is invalid, otherwise 0: if a run would be
+refused here, the report says why.
 """
 
 import json
@@ -20,7 +20,7 @@ from megatron_ponder.errors import exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
-    """Parse flags, look, print."""
+    """Parse flags, inspect the machine, print the report."""
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn

@@ -1,11 +1,11 @@
-"""Shows what is in an indexed dataset, and whether it is sound.
+"""Prints statistics of an indexed dataset, shows documents, and verifies the files.
 
     python tools/inspect_data.py --data-path data/corpus_text_document
     python tools/inspect_data.py --data-path data/corpus_text_document --verify
     python tools/inspect_data.py --data-path data/corpus_text_document --document 17 \
         --tokenizer-model tokenizer.model --histogram lengths.png
 
-Exit code 2 and the reason where something is wrong.
+If the dataset is missing or damaged, the exit code is 2 and the message says why.
 """
 
 import json
@@ -18,7 +18,7 @@ from megatron_ponder.errors import exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
-    """Parse flags, look, print."""
+    """Parse flags, inspect the dataset, print."""
     from megatron_ponder import log
     from megatron_ponder.data.inspection import InspectConfig, inspect_dataset
 
@@ -37,8 +37,8 @@ def main() -> None:
             )
         print(f"{name.replace('_', ' ')}: {value}")
     if document is not None:
-        end = "an end id" if document["is_ended"] else "no end id"
-        print(f"document {document['number']}: {document['tokens']} tokens, {end} behind it\n")
+        end = "with" if document["is_ended"] else "without"
+        print(f"document {document['number']}: {document['tokens']} tokens, {end} an end id\n")
         print(document["text"])
 
 

@@ -1,10 +1,10 @@
-"""Joins indexed datasets into one, without tokenizing again.
+"""Merges indexed datasets into one, without tokenizing again.
 
     python tools/merge_datasets.py --input data/a_text_document data/b_text_document \
         --output-prefix data/all_text_document
 
-Datasets of other tokenizers are refused. To draw from several datasets by weight no merging is
-needed: --data-path takes them all.
+All datasets must have the same tokenizer. To sample from several datasets by weight you need not
+merge them: --data-path of megatron_ponder.pretrain takes several.
 """
 
 import sys

@@ -1,9 +1,10 @@
 """Builds the sample and shuffle indexes of a training run before it starts.
 
-    python tools/prepare_index.py --world-size 1024 --config run.yaml --data-path ...
+    python tools/prepare_index.py --world-size 1024 --config run.yaml \
+        --data-path data/corpus_text_document
 
-Takes every flag of megatron_ponder.pretrain: give those of the run. The run then finds its indexes
-in the cache (--data-cache-path), which its ranks need not be able to write.
+Accepts every flag of megatron_ponder.pretrain: give those of the run. The run then finds its
+indexes in the cache (--data-cache-path) and needs no write access to it.
 """
 
 import sys

@@ -3,10 +3,10 @@
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \
         --tokenizer-model tokenizer.model --append-eod --workers 8
 
-writes data/corpus_text_document.bin and .idx, which training takes as
---data-path data/corpus_text_document, and data/corpus.manifest.json. Documents read are documents
-written and rejected; a damaged corpus stops with file, line and reason. A run that was stopped goes
-on when the same command is given again.
+Writes data/corpus_text_document.bin and .idx, which training takes as
+--data-path data/corpus_text_document, and data/corpus.manifest.json. Every document read is either
+written or rejected with file, line and reason; more than --max-rejected stop the run. To resume an
+interrupted run, repeat the command.
 """
 
 import sys

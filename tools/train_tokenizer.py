@@ -2,8 +2,8 @@
 
     python tools/train_tokenizer.py --input corpus.jsonl --output tokenizer.model --vocab-size 32000
 
-The tokenizer loses nothing (white space, any character) and has an end-of-sequence piece, which
-ends documents in training.
+The tokenizer is lossless (it preserves white space and all characters) and has an end-of-sequence
+piece, which ends documents in training.
 """
 
 import sys

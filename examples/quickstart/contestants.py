@@ -8,18 +8,18 @@ from megatron_ponder.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One of the models that are compared."""
+    """One of the compared models."""
 
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     title: str
-    """As it is shown."""
+    """Name in reports."""
     flags: tuple[str, ...]
-    """What sets it apart from the others."""
+    """The flags in which it differs from the others."""
     train_estimate_s: float
-    """Seconds of its training, on 2 cores."""
+    """Training time on 2 cores, in seconds."""
     evaluate_estimate_s: float
-    """Seconds of its evaluation, on 2 cores."""
+    """Evaluation time on 2 cores, in seconds."""
 
 
 CONTESTANTS = (
@@ -37,7 +37,7 @@ CONTESTANTS = (
         train_estimate_s=180,
         evaluate_estimate_s=40,
     ),
-    # With K = 3, as in the paper's comparison: four vanilla forwards each.
+    # K = 3 as in the paper's comparison: each costs about four vanilla forwards.
     Contestant(
         name="ponderlm",
         title="PonderLM",
@@ -66,16 +66,16 @@ CONTESTANTS = (
 
 
 def chosen_contestants(methods: str) -> tuple[Contestant, ...]:
-    """Those that --methods names, in the order of CONTESTANTS.
+    """The models that --methods names, in the order of CONTESTANTS.
 
     Raises:
-        ConfigError: a name that is none of them, or no name.
+        ConfigError: a name is unknown or empty.
     """
     by_name = {contestant.name: contestant for contestant in CONTESTANTS}
     wanted = list(by_name) if methods == "all" else [m.strip() for m in methods.split(",")]
     if unknown := [name for name in wanted if name not in by_name]:
         raise ConfigError(
-            f"--methods {methods}: no method {', '.join(map(repr, unknown))} here. Give some of "
+            f"--methods {methods}: unknown: {', '.join(map(repr, unknown))}. Give some of "
             f"{','.join(by_name)}, or all."
         )
     return tuple(contestant for name, contestant in by_name.items() if name in wanted)

@@ -1,16 +1,15 @@
-"""A corpus that is on every machine: the text of the running Python's standard library.
+"""Builds a corpus that exists on every machine: the source of Python's standard library.
 
-Needs no network. Two kinds of documents come out of it, one JSON object a line (`text`, `source`,
-`kind`):
+Needs no network. Writes one JSON object per line (`text`, `source`, `kind`), of two kinds:
 
-- `source`: the source of a module, cut at top-level definitions into pieces of some 30 kB;
-- `prose`: English only - a module's docstrings joined, and each topic of the language reference
-  that `help()` shows (`pydoc_data.topics`).
+- `source`: the source of a module, cut at top-level definitions into pieces of about 30 kB;
+- `prose`: English text, namely the docstrings of a module, joined, and each topic of the language
+  reference that `help()` shows (`pydoc_data.topics`).
 
-The order and the split are functions of the relative paths alone: a file is held out, with all its
-documents, if the hash of its path says so. Left out: tests, installed packages, generated tables
-(codecs, Unicode and entity tables) and the Windows- or build-specific files that hold them.
-Whether two machines get the same corpus depends on their having the same Python.
+Order and split depend only on relative paths: a hash of its path decides whether a file is held
+out, with all its documents. Excluded are tests, installed packages, generated tables (codecs,
+Unicode and entity tables) and build-specific files. Two machines get the same corpus if they have
+the same Python.
 """
 
 import ast
@@ -24,7 +23,7 @@ from pathlib import Path
 from megatron_ponder.errors import DataError
 
 SKIPPED_FOLDERS = frozenset(
-    # not part of the library, tests, or tables generated from the Unicode data
+    # installed packages, caches, tests, and generated codec tables
     (
         "site-packages",
         "dist-packages",
@@ -44,7 +43,7 @@ HELD_OUT_PERCENT = 5
 
 
 def library_files(library: Path) -> list[str]:
-    """Relative paths of the modules that enter the corpus, sorted, with forward slashes."""
+    """Relative paths of the modules in the corpus, sorted, with forward slashes."""
     found = []
     for folder, subfolders, files in os.walk(library):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
@@ -55,13 +54,13 @@ def library_files(library: Path) -> list[str]:
 
 
 def is_held_out(path: str) -> bool:
-    """Whether the hash of a relative path puts all of that file's documents into the test set."""
+    """Whether all documents of the file at this relative path are held out."""
     digest = hashlib.sha1(path.encode(), usedforsecurity=False).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
 def documents(library: Path) -> Iterator[dict[str, str]]:
-    """All documents of a standard library in a fixed order.
+    """All documents of a standard library, in a fixed order.
 
     Yields:
         `text`; `source`, the relative path (a topic: path#topic); `kind`, "source" or "prose".
@@ -73,7 +72,7 @@ def documents(library: Path) -> Iterator[dict[str, str]]:
                 warnings.simplefilter("ignore")  # old modules have invalid escapes
                 tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError):
-            continue  # lib2to3 and the like ship a few files that are broken on purpose
+            continue  # some modules ship files that are invalid on purpose
         if path == TOPICS_FILE:
             for name, text in sorted(_topics(tree).items()):
                 yield {"text": text, "source": f"{path}#{name}", "kind": "prose"}
@@ -89,15 +88,15 @@ def write_corpus(train: Path, held_out: Path, library: Path) -> dict[str, int]:
     """Write both splits as JSON Lines.
 
     Args:
-        train: file for what is trained on.
-        held_out: file for what is only evaluated on.
+        train: file for the training split.
+        held_out: file for the split that is only used for evaluation.
         library: folder of the standard library.
 
     Returns:
         Documents and UTF-8 bytes of each split.
 
     Raises:
-        DataError: too little text is there (a zipped or minimal Python).
+        DataError: the library has too little text (a zipped or minimal Python).
     """
     splits: dict[str, list[dict[str, str]]] = {"train": [], "held_out": []}
     for document in documents(library):
@@ -105,11 +104,10 @@ def write_corpus(train: Path, held_out: Path, library: Path) -> dict[str, int]:
     num_chars = sum(len(d["text"]) for split in splits.values() for d in split)
     if num_chars < MIN_CORPUS_CHARS or not splits["held_out"]:
         raise DataError(
-            f"{library}: {num_chars:,} characters of Python source, of which "
-            f"{len(splits['held_out'])} documents would be held out; at least "
-            f"{MIN_CORPUS_CHARS:,} and 1 are needed. If this is a Python's library, it is stripped "
-            "or zipped: use a complete Python (python.org, pyenv, conda, or your system's full "
-            "package)."
+            f"{library}: has {num_chars:,} characters of Python source and "
+            f"{len(splits['held_out'])} held-out documents; at least {MIN_CORPUS_CHARS:,} and 1 "
+            "are needed. The library of this Python is stripped or zipped: use a complete Python "
+            "(python.org, pyenv, conda, or your system's full package)."
         )
     sizes = {}
     for name, path in (("train", train), ("held_out", held_out)):
@@ -124,7 +122,7 @@ def write_corpus(train: Path, held_out: Path, library: Path) -> dict[str, int]:
 
 
 def _topics(tree: ast.Module) -> dict[str, str]:
-    """The language reference: the string values of the one dictionary in pydoc_data/topics.py."""
+    """Topics of the language reference: the dictionary in pydoc_data/topics.py."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             return {str(k): str(v) for k, v in ast.literal_eval(node.value).items()}
@@ -132,7 +130,7 @@ def _topics(tree: ast.Module) -> dict[str, str]:
 
 
 def _docstrings(tree: ast.Module) -> str:
-    """Docstrings of a module, its classes and functions, in order, a blank line between them."""
+    """Docstrings of a module, its classes and functions, in order, separated by blank lines."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
@@ -141,7 +139,7 @@ def _docstrings(tree: ast.Module) -> str:
 
 
 def _pieces(source: str) -> Iterator[str]:
-    """Cut a module before top-level definitions into pieces of about MAX_DOCUMENT_CHARS."""
+    """Cut a module at top-level definitions into pieces of about MAX_DOCUMENT_CHARS."""
     piece: list[str] = []
     length = 0
     for line in source.splitlines(keepends=True):

@@ -1,11 +1,11 @@
-"""Reads an exported model with torch and transformers alone: perplexity of a text, and a sample.
+"""Evaluates an exported model with torch and transformers alone, and generates a sample.
 
     python examples/quickstart/huggingface.py --model runs/quickstart/ponderlm2-huggingface \
         --text runs/quickstart/corpus/held_out.jsonl --seq-length 128 --prompt "def get_"
 
-A program as a user of the exported folder would write it: nothing of megatron_ponder is imported.
-The text is packed and cut as tools/evaluate.py does, so that both must give the same perplexity.
-Prints one JSON object.
+This is what a user of the exported folder would write: it imports nothing of megatron_ponder. The
+text is packed and cut as in tools/evaluate.py, so both must report the same perplexity. Prints one
+JSON object.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def read_stream(path: Path, tokenizer: Tokenizer) -> Tensor:
-    """Ids of all documents of a JSON Lines file, int64 [n + 1]: an end id first and after each."""
+    """Ids of all documents, int64 [n + 1]: an end id first and after each document."""
     end = tokenizer.eos_token_id
     ids = [end]
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -38,7 +38,7 @@ def mean_loss(model: PreTrainedModel, ids: Tensor, seq_length: int, batch_size: 
     Args:
         model: in evaluation mode.
         ids: int64 [n + 1]; the last n are predicted, each once.
-        seq_length: tokens per window; the last one may be shorter, and comes alone.
+        seq_length: tokens per window; the last window may be shorter and is a batch of its own.
         batch_size: windows per forward.
     """
     num_predicted = len(ids) - 1
@@ -60,15 +60,15 @@ def mean_loss(model: PreTrainedModel, ids: Tensor, seq_length: int, batch_size: 
 
 
 def main() -> None:
-    """Parse flags, score, sample, print."""
+    """Parse flags, evaluate, sample, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the exported folder")
     parser.add_argument("--text", type=Path, required=True, help="JSON Lines with a key `text`")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens per window")
-    parser.add_argument("--prompt", required=True, help="what the sample starts with")
-    parser.add_argument("--max-new-tokens", type=int, default=120)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-k", type=int, default=40)
+    parser.add_argument("--prompt", required=True, help="start of the sample")
+    parser.add_argument("--max-new-tokens", type=int, default=120, help="tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the sample")
+    parser.add_argument("--top-k", type=int, default=40, help="sample from this many tokens")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True).eval()

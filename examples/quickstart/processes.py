@@ -1,8 +1,8 @@
-"""Child processes of the quickstart: started quietly, watched, and never left behind.
+"""Runs the child processes of the quickstart; none outlives the quickstart.
 
-Output goes to a log file; if the process fails, the user sees the log's last lines. A child is
-told to end (SIGTERM: training saves a checkpoint first) when this process is interrupted, and on
-Linux also when it is killed.
+Output goes to a log file; if a process fails, its last lines are shown. When this process is
+interrupted, its child receives SIGTERM (on which training saves a checkpoint); on Linux also when
+this process is killed.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_ponder.errors import PonderError
 
 GRACE_S = 60.0
-"""How long a child may take to end itself: torchrun gives its ranks 30 s."""
+"""Seconds between SIGTERM and SIGKILL; torchrun gives its ranks 30 s."""
 POLL_S = 0.25
 LAST_LINES = 30
 LIBC = ctypes.CDLL(None)
@@ -30,15 +30,15 @@ class StepFailed(PonderError):
 
 
 def run_tool(command: Sequence[str], log: Path, lock: int) -> str:
-    """Run a command to its end; its progress (stderr) is shown, its result (stdout) returned.
+    """Run a command; show its progress (stderr) and return its result (stdout).
 
     Args:
         command: program and arguments.
-        log: file that keeps the command and its result.
+        log: file for the command and its result.
         lock: file descriptor that the child inherits; see `workflow.exclusive`.
 
     Raises:
-        StepFailed: it exits with an error.
+        StepFailed: the command fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(f"$ {' '.join(command)}\n")
@@ -56,16 +56,16 @@ def run_tool(command: Sequence[str], log: Path, lock: int) -> str:
 def run_logged(
     command: Sequence[str], log: Path, lock: int, environment: Mapping[str, str]
 ) -> Iterator[None]:
-    """Run a command with all its output in `log`, appended; yields a few times a second.
+    """Run a command, appending all its output to `log`; yields a few times a second.
 
     Args:
         command: program and arguments.
         log: file for its output.
         lock: as for `run_tool`.
-        environment: variables on top of this process's.
+        environment: additional environment variables.
 
     Raises:
-        StepFailed: it exits with an error; the message holds the log's last lines.
+        StepFailed: the command fails; the message contains the last lines of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
@@ -86,13 +86,13 @@ def run_logged(
 
 @contextlib.contextmanager
 def _started(command: Sequence[str], lock: int, **options: object) -> Iterator[subprocess.Popen]:
-    """A process in a group of its own, which has ended when the block is left."""
+    """Run a process in its own session; it has ended when the block is left."""
     process = subprocess.Popen(
         command,
         text=True,
-        # Ctrl-C reaches this process only, which then ends the child in good order.
+        # Ctrl-C then reaches only this process, which terminates the child.
         start_new_session=True,
-        # Between fork and exec it makes one system call and takes no lock.
+        # It makes a single system call and takes no lock, so it is safe between fork and exec.
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         pass_fds=(lock,),
         **options,  # type: ignore[call-overload]
@@ -104,7 +104,7 @@ def _started(command: Sequence[str], lock: int, **options: object) -> Iterator[s
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a process, gently first; nothing if it has ended."""
+    """End a process with SIGTERM, after GRACE_S seconds with SIGKILL."""
     if process.poll() is not None:
         return
     process.terminate()
@@ -116,5 +116,5 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _end_with_parent() -> None:
-    """Runs in the child before it starts: SIGTERM when the parent is gone, however it went."""
+    """In the child, before exec: ask for SIGTERM when the parent ends, however it ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

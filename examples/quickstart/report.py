@@ -1,8 +1,8 @@
-"""What came out: a picture of the loss curves, a table, a comparison in words, samples.
+"""Reports the results: loss curves, a table, a comparison in words, and samples.
 
-Numbers are shown as they were measured, whichever way they point. Compute counts the matrix
-products of every pass that was run (`megatron_ponder.model.size`); R is drawn anew for every
-iteration, and each iteration is counted with its own.
+Numbers are shown as measured, in whichever direction they point. Compute counts the matmuls of
+every pass (`megatron_ponder.model.size`); R is drawn anew in each iteration, and the count uses the
+R drawn.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from megatron_ponder.ponder.training_plan import jacobi_iterations, training_pla
 COLORS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#7c3aed")
 INK = "#1f2937"
 MAX_EXPLAINED = 2
-"""Models whose training curves the legend names; those of more would cover the picture."""
+"""With more models than this the legend omits training curves, or it would hide the plot."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,15 @@ class Result:
     """One trained model."""
 
     name: str
-    """As it is shown."""
+    """Name in reports."""
     config: ResolvedConfig
-    """Of its training, resolved."""
+    """Resolved settings of its training."""
     records: Sequence[dict[str, Any]]
     """Its metrics.jsonl."""
     evaluation: dict[str, Any]
-    """What tools/evaluate.py printed."""
+    """Output of tools/evaluate.py."""
     sample: str
-    """What tools/generate.py printed."""
+    """Output of tools/generate.py."""
 
     def curve(self, split: str) -> tuple[list[float], list[float], list[float]]:
         """Tokens, training compute in FLOPs, and loss, at each record of a split."""
@@ -96,18 +96,18 @@ class Result:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return count_parameters(self.config.model).total
 
 
 def read_result(name: str, folder: Path, evaluation: Path, sample: Path) -> Result:
-    """What a training, an evaluation and a generation left.
+    """Collect the outputs of training, evaluation and generation.
 
     Args:
-        name: of the model, as it is shown.
-        folder: its checkpoints and metrics.
-        evaluation: the JSON that tools/evaluate.py printed.
-        sample: the text that tools/generate.py printed.
+        name: name of the model in reports.
+        folder: folder of its checkpoints and metrics.
+        evaluation: JSON output of tools/evaluate.py.
+        sample: text output of tools/generate.py.
     """
     checkpoint = iteration_folder(folder, choose_iteration(folder, None))
     return Result(
@@ -142,7 +142,7 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
                 tokens, flops, losses = result.curve(split)
                 label = f"{result.name}, " + ("validation" if split == "valid" else "training")
                 if len(results) > MAX_EXPLAINED and split == "train":
-                    label = "_"  # matplotlib leaves it out of the legend
+                    label = "_"  # matplotlib omits it from the legend
                 axes[0].plot([n / 1e6 for n in tokens], losses, color=color, label=label, **look)
                 axes[1].plot([n / 1e12 for n in flops], losses, color=color, **look)
         axes[0].set(xlabel="training tokens (millions)", ylabel="loss per token (nats)")
@@ -197,7 +197,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def comparison(results: Sequence[Result]) -> str:
-    """Each model against the first, in words."""
+    """Compare each model with the first, in words."""
     first = results[0]
     lines = []
     for other in results[1:]:
@@ -215,31 +215,31 @@ def comparison(results: Sequence[Result]) -> str:
 def write_report(
     results: Sequence[Result], exported: Sequence[tuple[str, Path, Path]], path: Path
 ) -> None:
-    """Table, comparison, exports and samples as text.
+    """Write table, comparison, exports and samples as text.
 
     Args:
         results: the models.
-        exported: of each exported model its name, and the answers of tools/evaluate.py and of
+        exported: for each exported model its name, and the JSON outputs of tools/evaluate.py and of
             huggingface.py.
-        path: the file.
+        path: file to write.
     """
     parts = [table(results), comparison(results)]
     samples = [(result.name, result.sample) for result in results]
     for name, ours, theirs in exported:
         here, there = (json.loads(answer.read_text()) for answer in (ours, theirs))
         parts.append(
-            f"{name} exported, and read by transformers alone ({there['class']}): perplexity "
-            f"{there['perplexity']:.4f}, here {here['perplexity']:.4f}."
+            f"{name} exported, and evaluated with transformers alone ({there['class']}): "
+            f"perplexity {there['perplexity']:.4f}, here {here['perplexity']:.4f}."
         )
         samples.append((f"{name} in transformers", there["sample"]))
-    parts += [f"--- written by {name}\n{sample.rstrip()}" for name, sample in samples]
+    parts += [f"--- sample of {name}\n{sample.rstrip()}" for name, sample in samples]
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
 def _loss_limits(results: Sequence[Result]) -> tuple[float, float]:
-    """Leave out the first steps, which would squeeze everything else."""
+    """Limits of the loss axis, without the first iterations, which would compress the rest."""
     finals, starts = [], []
     for result in results:
         _, _, losses = result.curve("train")

@@ -2,13 +2,13 @@
 
     python examples/quickstart/run.py [--folder runs/quickstart] [--methods all] [--fresh]
 
-Needs no network and no GPU. Makes a corpus from the Python standard library, a tokenizer and
-indexed datasets from the corpus, trains each method (two, or with --methods all five) on the same
-batches through torchrun on 2 processes, evaluates all on held-out files, exports PonderLM-2 to
-Hugging Face and reads it with transformers alone, and shows loss curves, a table and samples. Every
-command it runs is kept in the log of its step. It can be interrupted at any time: the same command
-goes on, and skips what is done, also what was done for other --methods.
-The settings of the models are in pretrain.yaml beside this file.
+Needs no network and no GPU. Builds a corpus from the Python standard library, trains a tokenizer
+and writes indexed datasets. Trains each method (by default two; --methods all trains five) on the
+same batches with torchrun on 2 processes, and evaluates each on held-out files. Exports PonderLM-2
+to Hugging Face and evaluates the export with transformers alone. Reports loss curves, a table and
+samples. The log of each step records the commands it ran. To resume after an interruption, repeat
+the command; finished steps are skipped, including those of other --methods. The settings of the
+models are in pretrain.yaml in this folder.
 """
 
 import importlib.util
@@ -26,20 +26,20 @@ EXIT_INTERRUPTED = 130
 
 
 def check_environment() -> None:
-    """Say what is missing before anything is imported."""
+    """Report missing packages before anything is imported."""
     missing = [name for name in NEEDED if not _is_installed(name)]
     if missing:
         print(
             f"{sys.executable} (Python {platform.python_version()}) lacks: {', '.join(missing)}.\n"
             "Run `make quickstart`, which installs everything into a virtual environment and uses "
-            "that, or `make install` and then .venv/bin/python examples/quickstart/run.py.",
+            "it; or `make install`, then .venv/bin/python examples/quickstart/run.py.",
             file=sys.stderr,
         )
         sys.exit(2)
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a module can be found; a dotted one also lacks where its parent does."""
+    """Whether a module, or the parent of a dotted one, can be found."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -47,12 +47,12 @@ def _is_installed(name: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse flags and run what is not done yet; the exit code.
+    """Parse flags, run all unfinished steps, and return the exit code.
 
     Args:
-        argv: flags; None for those of the command line.
+        argv: flags; None: those of the command line.
     """
-    # Here, because all of it needs what check_environment looks for.
+    # Imported here because they need the packages that check_environment looks for.
     import tyro
     from steps import Options, Quickstart
     from workflow import Workflow, exclusive
@@ -75,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        print("\nInterrupted. Repeat the same command to resume.", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Treat SIGTERM as Ctrl-C: children are ended in good order."""
+    """Treat SIGTERM like Ctrl-C, so that child processes are terminated."""
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""The steps of the quickstart: what each of them needs, runs and leaves."""
+"""The steps of the quickstart: inputs, commands and outputs of each."""
 
 import dataclasses
 import json
@@ -22,9 +22,9 @@ TOOLS = HERE.parents[1] / "tools"
 NUM_PROCESSES = 2
 PROMPT = "def get_"
 EXPORTED = "ponderlm2"
-"""The model that is exported to Hugging Face."""
+"""Method of the model that is exported to Hugging Face."""
 SAME_LOSS = 1e-4
-"""Larger differences between two fp32 programs on the same text are no rounding."""
+"""Largest loss difference between two fp32 programs on the same text that is rounding."""
 SAMPLE_FLAGS = ("--max-new-tokens", "120", "--temperature", "0.7", "--top-k", "40")
 
 
@@ -33,22 +33,22 @@ class Options:
     """Flags of the quickstart."""
 
     folder: Path = Path("runs/quickstart")
-    """Everything is written here."""
+    """Folder for all outputs."""
     config: Path = HERE / "pretrain.yaml"
-    """Settings of the models and their training, as for --config of megatron_ponder.pretrain."""
+    """YAML with the settings of the runs, as --config of megatron_ponder.pretrain."""
     library: Path = Path(sysconfig.get_paths()["stdlib"])
-    """The corpus is made of the Python sources in this folder."""
+    """Folder of the Python sources that make up the corpus; by default the standard library."""
     vocab_size: int = 2048
-    """Pieces of the tokenizer."""
+    """Number of pieces of the tokenizer."""
     methods: str = "vanilla,ponderlm2"
-    """Methods to compare, separated by commas, the first against the others; or all."""
+    """Methods to compare, separated by commas, or all. The others are compared with the first."""
     fresh: bool = False
-    """Forget what was done before and do everything again."""
+    """Discard earlier results and run every step again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
-    """Where everything lies."""
+    """Paths of all outputs."""
 
     folder: Path
 
@@ -70,11 +70,11 @@ class Files:
         return self.folder / contestant.name
 
     def evaluation(self, contestant: Contestant) -> Path:
-        """What tools/evaluate.py said."""
+        """Output of tools/evaluate.py."""
         return self.folder / f"{contestant.name}.evaluation.json"
 
     def sample(self, contestant: Contestant) -> Path:
-        """What tools/generate.py said."""
+        """Output of tools/generate.py."""
         return self.folder / f"{contestant.name}.sample.txt"
 
     def export(self, contestant: Contestant) -> Path:
@@ -82,7 +82,7 @@ class Files:
         return self.folder / f"{contestant.name}-huggingface"
 
     def read_by_transformers(self, contestant: Contestant) -> Path:
-        """What huggingface.py said of the export."""
+        """Output of huggingface.py."""
         return self.folder / f"{contestant.name}-huggingface.json"
 
     def log(self, name: str) -> Path:
@@ -91,7 +91,7 @@ class Files:
 
     @property
     def curves(self) -> Path:
-        """The picture."""
+        """The plot."""
         return self.folder / "curves.png"
 
     @property
@@ -101,10 +101,10 @@ class Files:
 
 
 class Quickstart:
-    """The steps, and what each of them runs."""
+    """Builds the steps and runs their commands."""
 
     def __init__(self, options: Options, lock: int) -> None:
-        """Take in where and what; nothing runs yet."""
+        """Store the options; nothing runs yet."""
         self._options = options
         self._files = Files(folder=options.folder)
         self._lock = lock
@@ -139,7 +139,7 @@ class Quickstart:
         train, held_out = files.corpus("train"), files.corpus("held_out")
         corpus = Step(
             name="corpus",
-            title=f"corpus: the text of Python {platform.python_version()}'s library",
+            title=f"corpus: standard library of Python {platform.python_version()}",
             estimate_s=6,
             settings={
                 "library": str(options.library),
@@ -160,7 +160,7 @@ class Quickstart:
         )
         datasets = Step(
             name="data",
-            title="datasets: tokenize and index both parts",
+            title="datasets: tokenize and index both splits",
             estimate_s=20,
             settings={},
             after=[tokenizer],
@@ -196,7 +196,7 @@ class Quickstart:
         )
 
     def _check_steps(self, contestant: Contestant, training: Step) -> list[Step]:
-        """Evaluate one model, and let it write something."""
+        """Evaluate one model, and generate a sample."""
         files = self._files
         load = ("--load", str(files.model(contestant)))
         evaluate = ["evaluate.py", *load, "--data-path", str(files.dataset("held_out"))]
@@ -213,7 +213,7 @@ class Quickstart:
             ),
             Step(
                 name=f"sample-{contestant.name}",
-                title=f"let {contestant.title} write something",
+                title=f"generate a sample with {contestant.title}",
                 estimate_s=10,
                 settings={"flags": [PROMPT, *SAMPLE_FLAGS]},
                 after=[training],
@@ -223,7 +223,7 @@ class Quickstart:
         ]
 
     def _export_steps(self, contestant: Contestant, evaluation: Step) -> list[Step]:
-        """Export one model, and read it without this package."""
+        """Export one model, and evaluate the export without this package."""
         files = self._files
         folder, answer = files.export(contestant), files.read_by_transformers(contestant)
         program = HERE / "huggingface.py"
@@ -267,7 +267,7 @@ class Quickstart:
         return self._tool("tokenizer", ["train_tokenizer.py", *flags]).strip()
 
     def _preprocess(self) -> str:
-        """tools/preprocess_data.py for both parts."""
+        """tools/preprocess_data.py for both splits."""
         lines = []
         for split in ("train", "held_out"):
             flags = ["--input", str(self._files.corpus(split))]
@@ -282,14 +282,14 @@ class Quickstart:
         return "; ".join(lines)
 
     def _evaluate(self, arguments: Sequence[str], output: Path) -> str:
-        """tools/evaluate.py, whose answer is kept."""
+        """Run tools/evaluate.py and store its output."""
         text = self._tool(output.stem, arguments)
         _write(output, text)
         result = json.loads(text)
         return f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}"
 
     def _generate(self, arguments: Sequence[str], output: Path) -> str:
-        """tools/generate.py, whose answer is kept."""
+        """Run tools/generate.py and store its output."""
         text = self._tool(output.stem, arguments)
         _write(output, text)
         return f"{len(text.split())} words"
@@ -302,7 +302,7 @@ class Quickstart:
         return output.strip().splitlines()[-1]
 
     def _read_export(self, contestant: Contestant, arguments: Sequence[str]) -> str:
-        """huggingface.py, whose answer is kept, and must be that of tools/evaluate.py.
+        """Run huggingface.py, store its output, and compare its loss with tools/evaluate.py.
 
         Raises:
             PonderError: the losses differ.
@@ -314,17 +314,18 @@ class Quickstart:
         if abs(difference) > SAME_LOSS:
             answer.unlink()
             raise PonderError(
-                f"transformers finds another loss than tools/evaluate.py, by {difference:.1e}, for "
-                f"{self._files.export(contestant)}. The export is wrong: please report it."
+                f"{self._files.export(contestant)}: the loss in transformers differs by "
+                f"{difference:.1e} from that of tools/evaluate.py; at most {SAME_LOSS} is allowed. "
+                "The export is wrong: please report it."
             )
         return f"{line}; the loss differs by {abs(difference):.1e}"
 
     def report(self) -> str:
-        """What the last step wrote: table, comparison, samples, and where the rest is."""
+        """The report of the last step: table, comparison and samples."""
         return self._files.report.read_text(encoding="utf-8")
 
     def _report(self) -> str:
-        """The picture, and the text of `report`."""
+        """Write the plot, and the text that `report` returns."""
         from report import (
             draw_curves,
             read_result,
@@ -351,7 +352,7 @@ class Quickstart:
 
 
 def _sizes(sizes: dict[str, int]) -> str:
-    """Both splits of the corpus in words."""
+    """Sizes of both splits, in words."""
     return ", ".join(
         f"{sizes[f'{split}_documents']:,} documents ({sizes[f'{split}_bytes'] / 1e6:.1f} MB) {use}"
         for split, use in (("train", "for training"), ("held_out", "held out"))
@@ -359,7 +360,7 @@ def _sizes(sizes: dict[str, int]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file in one go."""
+    """Write a file atomically."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

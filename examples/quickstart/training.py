@@ -1,6 +1,6 @@
-"""Starts the trainer under torchrun and shows its progress in one line.
+"""Runs training under torchrun and shows its progress in one line.
 
-The trainer's own log goes to a file; what is shown comes from the metrics.jsonl that it writes.
+The log of the training goes to a file; the progress line is made from its metrics.jsonl.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ class TrainingRun:
     folder: Path
     """Checkpoints, metrics.jsonl and train.log."""
     flags: Sequence[str]
-    """Settings of the run, without --save and --load."""
+    """Flags of the run, without --save and --load."""
     num_processes: int
-    """Ranks."""
+    """Number of ranks."""
 
     @property
     def log(self) -> Path:
-        """The trainer's whole output."""
+        """The complete output of the training."""
         return self.folder / "train.log"
 
     @property
     def metrics(self) -> Path:
-        """What the trainer measured."""
+        """The metrics of the training."""
         return self.folder / "metrics.jsonl"
 
     def command(self) -> list[str]:
-        """As one would type it. It goes on from its own checkpoint, if there is one."""
+        """The command line. It resumes from its own checkpoint, if there is one."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         where = ["--save", str(self.folder), "--load", str(self.folder)]
         return [
@@ -56,23 +56,23 @@ class TrainingRun:
 
 
 def train(run: TrainingRun, lock: int) -> str:
-    """Train to the end, from wherever the run's folder has come to.
+    """Train to the end, resuming from the run's checkpoint if there is one.
 
     Args:
-        run: what to run.
+        run: the training.
         lock: see `workflow.exclusive`.
 
     Returns:
-        A line about the result.
+        One line about the result.
 
     Raises:
-        StepFailed: the trainer failed or was stopped by somebody.
+        StepFailed: training failed or was stopped.
     """
     config = parse_args(run.flags, prog="quickstart")
     num_iterations = config.training.train_iters
     begun = stored_iteration(run.folder)
     if begun:
-        print(f"    going on from the checkpoint of iteration {begun}", flush=True)
+        print(f"    resuming from the checkpoint of iteration {begun}", flush=True)
     threads = {"OMP_NUM_THREADS": str(threads_per_rank(run.num_processes))}
     with log.progress(num_iterations, f"    {run.title}", " iterations", initial=begun) as bar:
         bar.set_postfix_str("starting")
@@ -85,8 +85,8 @@ def train(run: TrainingRun, lock: int) -> str:
         stored = stored_iteration(run.folder)
         if stored < num_iterations:
             raise StepFailed(
-                f"training was stopped at iteration {stored} of {num_iterations}. Start again to "
-                f"go on from there. Its log is {run.log}."
+                f"training was stopped at iteration {stored} of {num_iterations}. Repeat the same "
+                f"command to resume. The log is {run.log}."
             )
         bar.set_postfix_str(_newest(read_metrics(run.metrics)), refresh=False)
         bar.update(num_iterations - bar.n)
@@ -94,13 +94,13 @@ def train(run: TrainingRun, lock: int) -> str:
 
 
 def stored_iteration(folder: Path) -> int:
-    """Iteration of the newest checkpoint; 0 where there is none."""
+    """Iteration of the newest checkpoint; 0 if there is none."""
     path = folder / LATEST_FILE
     return int(path.read_text()) if path.exists() else 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line that is still being written is left out."""
+    """The records of a metrics.jsonl, except a line that is still being written."""
     if not path.exists():
         return []
     text = path.read_text()
@@ -109,13 +109,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def threads_per_rank(num_processes: int) -> int:
-    """So many that all ranks together use each core once."""
+    """Cores divided by processes, at least 1."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // num_processes)
 
 
 def _newest(records: Sequence[dict[str, Any]]) -> str:
-    """The newest losses and speed, in words."""
+    """The latest losses and speed, in words."""
     newest = {record["split"]: record for record in records}
     parts = []
     if "train" in newest:

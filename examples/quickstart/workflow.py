@@ -1,11 +1,10 @@
-"""Steps that are done once: a plan with times, stamps of what went in, and going on after a stop.
+"""A resumable workflow: steps with estimated times, fingerprints of their inputs, and stamps.
 
-A step leaves a stamp: the fingerprint of everything that decides its result (its settings, the
-files it reads, and the fingerprints of the steps before it) and how long it took. A step whose
-stamp and outputs are there is skipped; if the fingerprint has changed, its outputs are removed and
-it runs again. A step that was interrupted is started again, and finds what it left if it was
-started with the same fingerprint: training goes on from its checkpoint. Left out: steps side by
-side.
+Each step leaves a stamp: a fingerprint of everything that determines its result (its settings,
+input files, and the fingerprints of earlier steps) and its duration. A step is skipped if its stamp
+and outputs exist. If its fingerprint has changed, its outputs are removed and it runs again. An
+interrupted step runs again and keeps its partial outputs if the fingerprint is unchanged, so
+training resumes from its checkpoint. Not covered: running steps in parallel.
 """
 
 import contextlib
@@ -29,26 +28,26 @@ SHORTEST_TIMED_S = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """One step. `run` returns a line that says what came of it."""
+    """One step. `run` returns a one-line summary of the result."""
 
     name: str
     """Short and unique; names the stamp."""
     title: str
-    """What it does, for the plan."""
+    """Description in the plan."""
     estimate_s: float
-    """Seconds it takes on the 2 cores it was tuned on."""
+    """Expected seconds on the 2 cores of our machine."""
     settings: Mapping[str, Any]
-    """What decides its result besides files and earlier steps; anything that JSON can hold."""
+    """JSON-serialisable settings that affect its result."""
     inputs: Sequence[Path] = ()
-    """Files from outside the workflow that go in; their content counts."""
+    """Input files from outside the workflow; their content affects the fingerprint."""
     after: Sequence["Step"] = ()
-    """Earlier steps whose results go in."""
+    """Earlier steps whose results it uses."""
     outputs: Sequence[Path]
-    """Files and folders that it makes."""
+    """Files and folders that it creates."""
     run: Callable[[], str]
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the result."""
+        """Hash of everything that determines the result."""
         content = {
             "name": self.name,
             "settings": self.settings,
@@ -60,11 +59,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stamp:
-    """What is known about a step that was started."""
+    """State of a step that was started."""
 
     fingerprint: str
     summary: str | None = None
-    """The step's last line; None as long as it is not finished."""
+    """The summary of the step; None until it is finished."""
     seconds: float = 0.0
 
 
@@ -72,16 +71,16 @@ class Workflow:
     """Runs steps in order, in one folder."""
 
     def __init__(self, folder: Path, steps: Sequence[Step]) -> None:
-        """Take in the steps; nothing runs yet."""
+        """Store the steps; nothing runs yet."""
         self._stamps_folder = folder / STAMPS
         self._steps = steps
 
     def print_plan(self) -> None:
-        """Say what is going to happen, and how long it will take."""
+        """Print all steps and their expected times."""
         total_s = self._remaining_s(0)
         print(f"{len(self._steps)} steps, {about(total_s)} to go on a machine like ours (2 cores):")
         for number, step in enumerate(self._steps, 1):
-            expected = "done before" if self._is_finished(step) else about(step.estimate_s)
+            expected = "done" if self._is_finished(step) else about(step.estimate_s)
             print(f"  {number:2}  {step.title:<58} {expected}")
         print(flush=True)
 
@@ -91,7 +90,7 @@ class Workflow:
             _remove([*step.outputs, self._stamp_path(step)])
 
     def run(self) -> None:
-        """Run what has not been done yet."""
+        """Run the steps that are not finished."""
         for index, step in enumerate(self._steps):
             mark = f"[{index + 1}/{len(self._steps)}] {step.title}"
             if self._is_finished(step):
@@ -101,14 +100,14 @@ class Workflow:
             speed = self._slowness()
             print(
                 f"{mark} ({about(step.estimate_s * speed)}; "
-                f"everything {about(self._remaining_s(index) * speed)})",
+                f"{about(self._remaining_s(index) * speed)} remaining in total)",
                 flush=True,
             )
             seconds, summary = self._run(step)
             print(f"    {summary} [{seconds:.0f} s]", flush=True)
 
     def _run(self, step: Step) -> tuple[float, str]:
-        """Run one step between its two stamps."""
+        """Run one step; write a stamp before and after it."""
         fingerprint = step.fingerprint()
         begun = self._read(step)
         before_s = 0.0
@@ -129,7 +128,7 @@ class Workflow:
         return seconds, summary
 
     def _is_finished(self, step: Step) -> bool:
-        """Whether the step's results are those that its inputs would give again."""
+        """Whether the step's outputs exist and its fingerprint is unchanged."""
         stamp = self._read(step)
         return (
             stamp is not None
@@ -139,11 +138,11 @@ class Workflow:
         )
 
     def _remaining_s(self, index: int) -> float:
-        """Estimate for the steps from `index` on that are not finished."""
+        """Expected seconds of the unfinished steps from `index` on."""
         return sum(s.estimate_s for s in self._steps[index:] if not self._is_finished(s))
 
     def _slowness(self) -> float:
-        """Time taken by finished steps over their estimates: how slow this machine is."""
+        """Measured over expected time of finished steps: how slow this machine is."""
         stamps = {step: self._read(step) for step in self._steps if self._is_finished(step)}
         taken = {
             step: stamp.seconds
@@ -168,25 +167,26 @@ class Workflow:
         unfinished.replace(path)
 
     def _stamp_path(self, step: Step) -> Path:
-        """Where the step's stamp lies."""
+        """Path of the step's stamp."""
         return self._stamps_folder / f"{step.name}.json"
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[int]:
-    """Hold the folder for this process, so that two runs do not write the same files.
+    """Lock the folder, so that two runs do not write the same files.
 
     Yields:
-        The lock's file descriptor. A child that inherits it keeps the folder locked as long as it
-        lives, also when this process is killed.
+        The lock's file descriptor. A child process that inherits it keeps the folder locked while
+        it lives, even if this process is killed.
 
     Raises:
-        PonderError: the folder holds something else, or another run still holds it after
-            `timeout_s`.
+        PonderError: the folder contains other files, or another run still holds the lock after
+            `timeout_s` seconds.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / STAMPS).is_dir():
         raise PonderError(
-            f"--folder {folder}: holds files that are not a quickstart's. Give a new or empty one."
+            f"--folder {folder}: holds files that are not a quickstart's. Give a new or empty "
+            "folder."
         )
     (folder / STAMPS).mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout_s
@@ -199,7 +199,7 @@ def exclusive(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise PonderError(
-                        f"another run is busy in {folder}. Wait until it is done, stop it, or give "
+                        f"another run is busy in {folder}. Wait until it ends, stop it, or give "
                         "another --folder."
                     ) from None
                 if not is_told:
@@ -210,12 +210,12 @@ def exclusive(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[int]:
 
 
 def about(seconds: float) -> str:
-    """A duration as one would say it."""
+    """A duration in words."""
     return f"about {round(seconds)} s" if seconds < 90 else f"about {seconds / 60:.1f} min"
 
 
 def _remove(paths: Sequence[Path]) -> None:
-    """Remove files and folders, present or not."""
+    """Remove files and folders, if they exist."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)

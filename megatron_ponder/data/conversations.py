@@ -1,9 +1,9 @@
-"""Conversations for supervised fine-tuning: ids, and a mask of the tokens that are to be learned.
+"""Encodes conversations for supervised fine-tuning into token ids and a loss mask.
 
 A line is {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...}.
-Responses, each with the end id behind it, are learned; everything else is only read. Each part is
-tokenized by itself, so that the mask's edges lie between tokens, and where they lie in training a
-prompt ends in generation. Left out: packing (instruction_dataset.py), tools and pictures.
+The loss covers the responses, each with the end id after it, and nothing else. Each part is
+tokenized separately, so the mask changes only between tokens, at the place where a prompt ends in
+generation. Not covered: packing (instruction_dataset.py), tool calls and images.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ HEADERS = {
     "user": "### Instruction:\n",
     "assistant": "### Response:\n",
 }
-"""What stands before a message, by role; a blank line stands behind all but responses."""
+"""Text before a message, by role. Every message but a response is followed by a blank line."""
 Part = tuple[str, bool]
-"""Some text, and whether it is learned."""
+"""A text, and whether the loss covers it."""
 
 
 class ConversationEncoder(Encoder):
-    """Ids and loss mask of a conversation."""
+    """Encodes conversations into ids and a loss mask."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -50,7 +50,7 @@ class ConversationEncoder(Encoder):
     def _joined(
         self, document: RawDocument, parts: list[Part], ids: list[list[int] | str]
     ) -> Encoded:
-        """The arrays of one conversation."""
+        """Concatenate the parts of one conversation into its ids and its mask."""
         tokens: list[int] = []
         mask: list[int] = []
         for (_, is_learned), mine in zip(parts, ids, strict=True):
@@ -63,10 +63,10 @@ class ConversationEncoder(Encoder):
 
 
 def conversation_parts(document: RawDocument) -> list[Part]:
-    """The texts of a conversation in order, and which of them are learned.
+    """The texts of a conversation in order, and whether the loss covers each.
 
     Raises:
-        DocumentError: it is no conversation, or has no response.
+        DocumentError: the document is not a conversation, or has no response.
     """
     record = document.record()
     if "messages" not in record:
@@ -86,14 +86,18 @@ def conversation_parts(document: RawDocument) -> list[Part]:
             raise document.error("empty", "an empty response")
         parts += [(HEADERS[role], False), (text, True)]
     if not any(is_learned for _, is_learned in parts):
-        raise document.error("no_response", "no message of the role assistant: nothing to learn")
+        raise document.error(
+            "no_response", "no message has the role assistant, so there is nothing to train on"
+        )
     return parts
 
 
 def _role(document: RawDocument, message: dict[str, Any]) -> str:
     role = message.get("role")
     if not isinstance(role, str) or role not in HEADERS:
-        raise document.error("bad_conversation", f"role {role!r} is none of {', '.join(HEADERS)}")
+        raise document.error(
+            "bad_conversation", f"role {role!r} is not one of {', '.join(HEADERS)}"
+        )
     return role
 
 

@@ -1,8 +1,8 @@
-"""Training, validation and test sequences on megatron-core's blended GPT datasets.
+"""Builds the training, validation and test sets from megatron-core's blended GPT datasets.
 
-Documents are concatenated (they end with the tokenizer's end id), cut into sequences of seq_length
-tokens, and shuffled by megatron-core, whose indexes are kept in a cache (index_cache.py). There is
-no masking between documents. Left out: loading (loader.py).
+megatron-core concatenates documents (each ends with the tokenizer's end id), cuts them into
+sequences of seq_length tokens, and shuffles these. Its indexes are cached (index_cache.py).
+Attention is not masked between documents. Not covered: loading (loader.py).
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ Sizes = dict[str, IndexedDatasetSize]
 
 
 def num_samples_needed(config: ResolvedConfig) -> tuple[int, int, int]:
-    """Sequences that training, one validation and the test of a resolved run read."""
+    """Number of sequences that training, one validation and the test read."""
     training = config.training
     num_evaluation = training.eval_iters * training.global_batch_size
     return training.train_iters * training.global_batch_size, num_evaluation, num_evaluation
@@ -39,16 +39,16 @@ def num_samples_needed(config: ResolvedConfig) -> tuple[int, int, int]:
 def build_datasets(
     config: ResolvedConfig, tokenizer: Tokenizer, num_samples: tuple[int, int, int]
 ) -> Datasets:
-    """The datasets of a run; every rank calls this, and rank 0 builds missing indexes first.
+    """Build the datasets of a run. Called on every rank; rank 0 builds missing indexes first.
 
     Args:
         config: resolved.
-        tokenizer: the one that the data was made with.
-        num_samples: sequences to draw for training, validation and test. Where a dataset has fewer,
-            it is repeated, shuffled anew.
+        tokenizer: the tokenizer that the data was made with.
+        num_samples: sequences for training, validation and test. A dataset with fewer is repeated,
+            in a new order each time.
 
     Returns:
-        Train, valid and test; None where there is no data for it, or none is wanted.
+        Train, valid and test; None for a split without data, or of which no sequence is needed.
 
     Raises:
         DataError: files are missing or damaged, or a split has no document.
@@ -65,17 +65,17 @@ def build_datasets(
 def build_validation_sets(
     config: ResolvedConfig, tokenizer: Tokenizer, num_samples: int
 ) -> dict[str, Dataset[Any]]:
-    """Each dataset of --valid-data-path by itself, by its name; weights mean nothing here.
+    """Each dataset of --valid-data-path separately, by name; weights are ignored.
 
     Raises:
-        DataError: as `build_datasets`; or two have the same name.
+        DataError: as for `build_datasets`, or two datasets have the same name.
     """
     prefixes, _ = _parse_blend(config.data.valid_data_path)
     names = [Path(prefix).name for prefix in prefixes]
     if len(set(names)) < len(names):
         raise DataError(
-            f"--valid-data-path {' '.join(prefixes)}: two datasets have the same name, by which "
-            "--multiple-validation-sets reports them; rename one."
+            f"--valid-data-path {' '.join(prefixes)}: two datasets have the same name. "
+            "--multiple-validation-sets reports each by its name; rename one."
         )
     sets = {}
     for name, prefix in zip(names, prefixes, strict=True):
@@ -90,7 +90,7 @@ def build_validation_sets(
 def training_fingerprint(
     config: ResolvedConfig, tokenizer: Tokenizer, train: Dataset[Any] | None, num_samples: int
 ) -> dict[str, Any]:
-    """What a run that goes on must find unchanged; see fingerprint.py.
+    """What must be unchanged when a run resumes; see fingerprint.py.
 
     Args:
         config: resolved.
@@ -105,7 +105,7 @@ def training_fingerprint(
 
 
 class _WithoutEndTargets(Dataset[Any]):
-    """Samples whose loss leaves out predicting the end of a document."""
+    """Samples whose loss mask excludes predictions of the end id."""
 
     def __init__(self, inner: Dataset[Any], eod: int) -> None:
         self.inner, self._eod = inner, eod
@@ -125,7 +125,7 @@ def _build(
     sizes: Sizes,
     num_samples: tuple[int, int, int],
 ) -> Datasets:
-    """The datasets of checked blends."""
+    """Build datasets from blends that have been checked."""
     if config.data.instruction_data:
         return _instruction_datasets(config, tokenizer, blends, sizes, num_samples)
     train, valid, test = _document_datasets(config, tokenizer, blends, num_samples)
@@ -143,7 +143,7 @@ def _document_datasets(
     blends: list[Blend | None],
     num_samples: tuple[int, int, int],
 ) -> Datasets:
-    """By megatron-core, with indexes that are built once."""
+    """Datasets of megatron-core, with indexes that are built once."""
     data = config.data
     blend_options: dict[str, Any] = {"blend": blends[0], "split": data.split}
     if not data.data_path:
@@ -164,8 +164,8 @@ def _document_datasets(
             **blend_options,
         )
         for split in Split:
-            # A split of which nothing is wanted is not built: where it has no document either,
-            # megatron-core would repeat it forever to get the one token it wants at least.
+            # Do not build a split of which no sample is needed. megatron-core asks for at least one
+            # token of every split, and would repeat a split without documents forever.
             if num_samples[split.value] == 0 and dataset_config.split_matrix is not None:
                 dataset_config.split_matrix[split.value] = None
         train, valid, test = BlendedMegatronDatasetBuilder(
@@ -194,14 +194,14 @@ def _instruction_datasets(
     sizes: Sizes,
     num_samples: tuple[int, int, int],
 ) -> Datasets:
-    """Packed conversations; a split has one dataset."""
+    """Datasets of packed conversations; each split takes one dataset."""
     data = config.data
     for prefix in _prefixes(blends):
         check_instruction_dataset(prefix)
     if any(blend is not None and len(blend[0]) > 1 for blend in blends):
         raise DataError(
-            "--instruction-data takes one dataset for each split; join them with "
-            "tools/merge_datasets.py (ids and loss masks alike)."
+            "--instruction-data takes one dataset for each split; merge them with "
+            "tools/merge_datasets.py (ids and loss masks separately)."
         )
     bounds = _bounds(data.split)
     built: list[Dataset[Any] | None] = []
@@ -231,7 +231,7 @@ def _instruction_datasets(
 
 
 def _blends(data: DataConfig) -> list[Blend | None]:
-    """The blends per split; --data-path is the first of one."""
+    """One blend per split; with --data-path, a single blend for all splits."""
     if data.data_path:
         return [_parse_blend(data.data_path)]
     if not data.train_data_path:
@@ -243,7 +243,7 @@ def _blends(data: DataConfig) -> list[Blend | None]:
 
 
 def _parse_blend(path: tuple[str, ...]) -> Blend:
-    """Prefixes with their weights, or without any."""
+    """Prefixes, and their weights if any were given."""
     try:
         weights = [float(weight) for weight in path[0::2]]
     except ValueError:
@@ -252,9 +252,9 @@ def _parse_blend(path: tuple[str, ...]) -> Blend:
 
 
 def _with_weights(blend: Blend, sizes: Sizes) -> Blend:
-    """Several prefixes without weights are drawn from in proportion to their tokens.
+    """Weight several prefixes without weights by their tokens.
 
-    (megatron-core would stop after one pass over them.) A single one is not blended at all.
+    Without weights megatron-core would stop after one epoch. A single prefix is not blended.
     """
     prefixes, weights = blend
     if len(prefixes) == 1:
@@ -268,7 +268,7 @@ def _prefixes(blends: list[Blend | None]) -> list[str]:
 
 
 def _check_splits(data: DataConfig, num_samples: tuple[int, int, int], sizes: Sizes) -> None:
-    """Refuse splits that want documents and get none; megatron-core would look for them forever."""
+    """Refuse splits that need documents and get none; megatron-core would loop forever."""
     bounds = _bounds(data.split)
     for prefix, size in sizes.items():
         for split in Split:
@@ -283,12 +283,12 @@ def _check_splits(data: DataConfig, num_samples: tuple[int, int, int], sizes: Si
 
 
 def _bounds(split: str) -> list[float]:
-    """Where the splits begin and end, from 0 to 1."""
+    """Boundaries of the splits, as fractions from 0 to 1."""
     shares = [float(share) for share in split.split(",")]
     return [sum(shares[:i]) / sum(shares) for i in range(len(shares) + 1)]
 
 
 def _documents_of(bounds: list[float], split: Split, size: IndexedDatasetSize) -> range:
-    """The documents of a split, cut as megatron-core cuts them."""
+    """The documents of a split, with megatron-core's rounding."""
     begin, end = bounds[split.value], bounds[split.value + 1]
     return range(round(begin * size.num_documents), round(end * size.num_documents))

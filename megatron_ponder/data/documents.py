@@ -1,8 +1,8 @@
-"""One document as a file holds it, and its text; what is no document says why.
+"""Documents as stored in files, their texts, and errors for those that are invalid.
 
-Reading cuts files into `Segment`s without looking inside; worker processes take the documents out
-of them and parse these. So the expensive half scales with the number of workers. Left out: reading
-(readers.py), and what becomes of a document that is refused (shards.py).
+The reader cuts files into `Segment`s without parsing them. Worker processes split a segment into
+documents and parse these, so the expensive part scales with the number of workers. Not covered:
+reading files (readers.py) and recording rejected documents (shards.py).
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from megatron_ponder.errors import DataError
 
 SegmentKind = Literal["lines", "text", "rows", "too_long"]
 Row = tuple[tuple[str, Any], ...]
-"""Columns of a table by name: text as bytes, None where there is none, False for anything else."""
+"""Columns of a table row by name: text as bytes, None for null, False for any other type."""
 
 
 class DocumentError(DataError):
-    """What is no document, and where it lies."""
+    """An invalid document and its location."""
 
     def __init__(self, kind: str, file: str, line: int, reason: str) -> None:
-        """Keep the parts beside the message.
+        """Keep the parts of the message.
 
         Args:
-            kind: one word, by which such documents are counted.
+            kind: one word; rejected documents are counted by it.
             file: as the user named it.
             line: first line, or row, from 1.
             reason: what is wrong.
@@ -42,16 +42,16 @@ class DocumentError(DataError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RawDocument:
-    """One undecoded document and its place."""
+    """One document, not yet decoded, and its location."""
 
     content: bytes | Row
     is_json: bool
     file: str
     line: int
-    """Of its first line, from 1."""
+    """Number of its first line, from 1."""
 
     def texts(self, keys: Sequence[str]) -> list[str]:
-        """The document's text under each key; a plain text is the same under all of them.
+        """The document's text under each key; plain text is the same under every key.
 
         Raises:
             DocumentError: the bytes are not UTF-8 or not JSON, or a key is missing or not text.
@@ -66,7 +66,7 @@ class RawDocument:
         """The JSON object or the row.
 
         Raises:
-            DocumentError: there is none.
+            DocumentError: the document is not a JSON object.
         """
         if not isinstance(self.content, bytes):
             return {
@@ -87,7 +87,7 @@ class RawDocument:
         """The text under a key of this document's record, or of an object inside it.
 
         Raises:
-            DocumentError: there is none, or it is no text.
+            DocumentError: the text is missing or not a string.
         """
         text = record.get(key)
         if text is None:
@@ -97,12 +97,12 @@ class RawDocument:
             raise self.error("not_a_string", f"key {key!r} is not a string")
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise self.error(
-                "lone_surrogate", f"key {key!r} has a lone surrogate, which no UTF-8 text can"
+                "lone_surrogate", f"key {key!r} has a lone surrogate, which is not valid in UTF-8"
             )
         return text
 
     def error(self, kind: str, reason: str) -> DocumentError:
-        """A DocumentError at this document's place."""
+        """A DocumentError at this document's location."""
         return DocumentError(kind, self.file, self.line, reason)
 
     def _decoded(self, content: bytes) -> str:
@@ -112,7 +112,7 @@ class RawDocument:
             raise self.error("invalid_utf8", f"not valid UTF-8 ({error.reason})") from None
 
     def _parsed_slowly(self, content: bytes) -> Any:
-        """What orjson refuses and Python takes (NaN, lone surrogates), or why it is refused."""
+        """Parse with Python's json, which accepts more than orjson (NaN, lone surrogates)."""
         text = self._decoded(content)
         try:
             return json.loads(text)
@@ -122,26 +122,26 @@ class RawDocument:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
-    """Some documents of one file, one behind the other, as cheap to pass on as it gets."""
+    """Consecutive documents of one file, unparsed, so that it is cheap to send to a worker."""
 
     kind: SegmentKind
-    """lines: a JSON object per line; text: one document; rows: of a table; too_long: one document
-    that was not kept because it is over the limit."""
+    """lines: a JSON object per line; text: one document; rows: rows of a table; too_long: one
+    document that was dropped because it exceeds the limit."""
     file: str
     first_line: int
     content: bytes | list[Row]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of text in it, about."""
+        """Approximate number of bytes of text."""
         if isinstance(self.content, bytes):
             return len(self.content)
         return sum(_row_bytes(row) for row in self.content)
 
     def documents(self, max_document_bytes: int) -> Iterator[RawDocument | DocumentError]:
-        """Its documents in order; those that are too long as errors.
+        """Its documents in order, and an error for each that is too long.
 
-        Lines of nothing but white space separate, and are no documents.
+        Blank lines are skipped.
         """
         if self.kind == "too_long":
             yield too_long(self.file, self.first_line, max_document_bytes)
@@ -160,7 +160,7 @@ class Segment:
                 yield RawDocument(content, is_json, self.file, line)
 
     def update(self, digest: "hashlib._Hash") -> None:
-        """Add everything that decides the documents to a digest."""
+        """Add everything that determines the documents to a digest."""
         content = self.content if isinstance(self.content, bytes) else repr(self.content).encode()
         digest.update(f"{self.kind}\0{self.file}\0{self.first_line}\0{len(content)}\0".encode())
         digest.update(content)

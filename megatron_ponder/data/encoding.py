@@ -1,7 +1,8 @@
-"""From documents to token ids: what a worker does with each document.
+"""Encodes documents into token ids, inside a worker.
 
-An encoder turns a batch of documents into one array per *stream*; a stream becomes a dataset of its
-own. Texts have a stream per JSON key; conversations (conversations.py) have ids and a loss mask.
+An encoder turns each document of a batch into one array per *stream*. Each stream becomes a
+dataset. Texts have one stream per JSON key; conversations (conversations.py) have two, ids and loss
+mask.
 """
 
 import abc
@@ -15,30 +16,30 @@ from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import DataError
 
 Encoded = list[numpy.ndarray] | DocumentError
-"""An array per stream, or why there is none."""
+"""One array per stream, or the reason for rejection."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A dataset that is written: PREFIX_<name>.bin and .idx."""
+    """A dataset to be written: PREFIX_<name>.bin and .idx."""
 
     name: str
     dtype: type[numpy.number]
 
 
 class Encoder(abc.ABC):
-    """Documents to arrays."""
+    """Encodes documents into arrays."""
 
     streams: list[Stream]
     tokenizer: Tokenizer
 
     @abc.abstractmethod
     def encode(self, documents: Sequence[RawDocument]) -> list[Encoded]:
-        """Arrays of each document, or why it has none; as many as documents."""
+        """Encode each document: its arrays, or the reason for its rejection, in order."""
 
 
 class TextEncoder(Encoder):
-    """The text under each key, ended or not."""
+    """Encodes the text under each key, optionally followed by the end id."""
 
     def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
         self.tokenizer = tokenizer
@@ -66,15 +67,15 @@ class TextEncoder(Encoder):
             if fault is not None:
                 results[index] = document.error("not_tokenized", fault)
             elif not all(mine):
-                # An end id alone is no document.
-                results[index] = document.error("empty", "empty: no token comes of its text")
+                # An end id alone is not a document.
+                results[index] = document.error("empty", "empty: its text yields no token")
             else:
                 results[index] = [numpy.array([*each, *self._end], self._dtype) for each in mine]
         return results
 
 
 def tokenize_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int] | str]:
-    """Ids of each text, or why the tokenizer refuses it."""
+    """Ids of each text, or the tokenizer's error message."""
     try:
         return list(tokenizer.tokenize_batch(texts))
     except DataError:
@@ -82,7 +83,7 @@ def tokenize_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]
 
 
 def token_dtype(vocab_size: int) -> type[numpy.number]:
-    """What ids are stored as: the choice of megatron-core's DType.optimal_dtype."""
+    """Storage type of ids, as megatron-core's DType.optimal_dtype chooses it."""
     return numpy.uint16 if vocab_size < 65500 else numpy.int32
 
 

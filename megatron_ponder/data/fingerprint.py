@@ -1,8 +1,8 @@
-"""What the order and the content of the training data depend on, small enough for a checkpoint.
+"""A fingerprint of the training data and its order, small enough to store in a checkpoint.
 
-A run that goes on counts samples from the beginning of the data; that means something only while
-data, blend, tokenizer, sequence length and seed are those it began with. Moving files changes
-nothing, changing their content does. Left out: comparing (checkpoint/comparison.py).
+A checkpoint stores the position in the data as a number of samples. The position is only meaningful
+while data, blend, tokenizer, sequence length and seed are unchanged. Moving files does not change
+the fingerprint; changing their content does. Not covered: comparing (checkpoint/comparison.py).
 """
 
 import functools
@@ -19,11 +19,11 @@ from megatron_ponder.data.manifest import hash_file
 from megatron_ponder.data.tokenizers import Tokenizer
 
 NUM_PROBES, PROBE_BYTES = 64, 1 << 12
-"""Places of a .bin that are read; with the whole index, other data does not go unnoticed."""
+"""Samples of a .bin that are hashed. With the hash of the whole .idx they detect changed data."""
 
 
 def dataset_digest(prefix: str) -> str:
-    """What tells a dataset's content from others: all of its index, and probes of its ids."""
+    """Hash of a dataset's content: all of its index, and samples of its ids."""
     stats = [file(prefix).stat() for file in (index_file, data_file)]
     return _digest(prefix, tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats))
 
@@ -35,14 +35,14 @@ def data_fingerprint(
     num_samples: int,
     repeats: bool,
 ) -> dict[str, Any]:
-    """Of a run's training data.
+    """Fingerprint of a run's training data.
 
     Args:
         config: resolved.
         tokenizer: the run's.
         blend: prefixes and weights of the training data.
         num_samples: sequences that the run reads.
-        repeats: whether some dataset is read more than once.
+        repeats: whether any dataset is read more than once.
 
     Returns:
         Plain data, comparable with ==.
@@ -72,14 +72,14 @@ def is_repeated(dataset: Any) -> bool:
 
 
 def identity(settings: Mapping[str, Any]) -> str:
-    """A name for settings that can be part of a path."""
+    """A hash of settings, for use as a folder name."""
     text = repr(sorted(settings.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @functools.lru_cache(maxsize=4096)
 def _digest(prefix: str, files: tuple[tuple[int, int, int], ...]) -> str:
-    """`dataset_digest`, once as long as the files stay the same."""
+    """`dataset_digest`, cached while the files are unchanged."""
     digest = hashlib.sha256(hash_file(index_file(prefix)).encode())
     size = files[1][0]
     digest.update(str(size).encode())

@@ -1,10 +1,10 @@
-"""megatron-core's sample and shuffle indexes, built once, complete or not there.
+"""megatron-core's sample and shuffle indexes, built once and published atomically.
 
-megatron-core writes them where they stay and takes any file with the right name for a finished one,
-keyed by the path of the data. Here they are built in a folder beside that is renamed when all of it
-is there, and a folder is named after the content of the data and everything else that decides the
-order. So neither a run that was killed, nor two that start at once, nor data that was written anew
-under the same name can leave a wrong index. Left out: what is in the indexes.
+megatron-core writes indexes in place, keyed by the path of the data, and accepts any file with the
+right name as complete. Here they are built in a temporary folder, which is renamed when it is
+complete. The final name is a hash of the content of the data and of everything else that determines
+the order. So a killed run, two concurrent runs, or data rewritten under the same name cannot leave
+a wrong index. Not covered: the content of the indexes.
 """
 
 import errno
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 
 def build_once(cache: Path, settings: Mapping[str, Any], build: Callable[[str], T]) -> T:
-    """Call `build` with a folder that holds what it needs, on all ranks.
+    """Call `build` on all ranks with a folder that holds the complete indexes.
 
     Args:
-        cache: where such folders lie.
-        settings: everything that decides what `build` writes.
-        build: builds on rank 0 what its folder lacks, and loads it on every rank.
+        cache: parent of these folders.
+        settings: everything that determines what `build` writes.
+        build: builds on rank 0 what its folder lacks, then loads it on every rank.
 
     Raises:
         DataError: the cache cannot be written.
@@ -44,7 +44,7 @@ def build_once(cache: Path, settings: Mapping[str, Any], build: Callable[[str], 
 
 
 def _new_folder(cache: Path, folder: Path) -> str | None:
-    """A folder to build in; None if all is there."""
+    """Create a temporary folder to build in; None if the indexes exist."""
     if folder.is_dir():
         return None
     unfinished = cache / f".{folder.name}.{uuid.uuid4().hex[:12]}.unfinished"
@@ -52,15 +52,15 @@ def _new_folder(cache: Path, folder: Path) -> str | None:
         unfinished.mkdir(parents=True)
     except OSError as error:
         raise DataError(
-            f"{cache}: the indexes of the data cannot be written there ({error.strerror}). Give a "
-            "folder that can be written as --data-cache-path, or build them before with "
+            f"{cache}: the data indexes cannot be written here ({error.strerror}). Give a writable "
+            "folder as --data-cache-path, or build the indexes before the run with "
             "tools/prepare_index.py."
         ) from None
     return str(unfinished)
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
-    """Give the folder its name, unless another run was faster."""
+    """Rename the folder to its final name, unless another run was faster."""
     try:
         os.rename(unfinished, folder)
     except OSError as error:
@@ -70,7 +70,7 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 
 def _from_rank_zero(function: Callable[[], T]) -> T:
-    """What `function` returns, or raises, on rank 0."""
+    """Run `function` on rank 0; return its result, or raise its error, on every rank."""
     if not dist.is_initialized():
         return function()
     result: list[Any] = [None, None]

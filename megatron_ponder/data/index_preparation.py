@@ -1,7 +1,7 @@
-"""Sample and shuffle indexes of a run, built ahead of it by one process.
+"""Builds the sample and shuffle indexes of a run in advance, in one process.
 
-A run builds them itself on rank 0; with many ranks, or a cache that the ranks cannot write, one
-builds them before. Left out: everything of the run but its data.
+A run also builds them itself, on rank 0. Building them in advance helps when many ranks would wait,
+or cannot write to the cache.
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ def prepare_index(options: PrepareIndexOptions, config: ResolvedConfig) -> dict[
     """Build what a run with this config would build before its first iteration.
 
     Returns:
-        Sequences in each dataset.
+        Number of sequences in each dataset.
 
     Raises:
-        PonderError: settings or data cannot be used.
+        PonderError: the settings or the data are invalid.
     """
     tokenizer = build_tokenizer(config.data, config.model.vocab_size)
     config = resolve(

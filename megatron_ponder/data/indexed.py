@@ -1,9 +1,9 @@
-"""The files of an indexed dataset: written, and checked before megatron-core maps them into memory.
+"""Writes the files of an indexed dataset, and checks them before megatron-core maps them.
 
 The format is Megatron-LM's. PREFIX.idx: magic (9 bytes), version (uint64), dtype code (uint8),
 number of sequences n (uint64), number of document boundaries m (uint64), lengths (int32 [n]), byte
 offsets (int64 [n]), document boundaries (int64 [m], from 0 to n). PREFIX.bin: the token ids.
-Everything is done in pieces, so that an index of billions of documents needs little memory.
+Files are processed in pieces, so an index of billions of documents needs little memory.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ DTYPES: dict[int, type[numpy.number]] = {
     5: numpy.int64,
     8: numpy.uint16,
 }
-"""Types of ids by code; the floating-point codes 6 and 7 cannot hold ids."""
+"""Types of ids by code. The floating-point codes 6 and 7 are not valid for ids."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PIECE_ITEMS = 1 << 20
-"""Entries of an index that are looked at together."""
+"""Entries of an index that are processed at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IndexedDatasetSize:
-    """What a dataset holds."""
+    """Size of a dataset."""
 
     num_documents: int
     num_tokens: int
@@ -44,7 +44,7 @@ class IndexedDatasetSize:
 
 @dataclasses.dataclass(frozen=True)
 class IndexFile:
-    """The parts of a .idx, mapped into memory."""
+    """The arrays of a .idx, mapped into memory."""
 
     dtype: type[numpy.number]
     lengths: numpy.ndarray
@@ -53,21 +53,21 @@ class IndexFile:
 
 
 class IndexPart(Protocol):
-    """Consecutive sequences of an index that is to be written; asked for each thing in turn."""
+    """Consecutive sequences of an index to be written."""
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in it."""
+        """Number of sequences."""
 
     @property
     def num_documents(self) -> int:
-        """Documents in it."""
+        """Number of documents."""
 
     def lengths(self) -> numpy.ndarray:
         """Tokens of each sequence, int32."""
 
     def ends(self) -> numpy.ndarray:
-        """Number of sequences at the end of each document, counted from the part's begin."""
+        """Index after the last sequence of each document, counted from the start of the part."""
 
 
 def write_index(path: Path, dtype: type[numpy.number], parts: Sequence[IndexPart]) -> None:
@@ -99,14 +99,14 @@ def open_index(index: Path) -> IndexFile:
     """Map a .idx into memory.
 
     Raises:
-        DataError: it is missing, is none, or has another size than its header says.
+        DataError: the file is missing, is not an index, or its size contradicts its header.
     """
     dtype, num_sequences, num_boundaries = _read_header(index)
     expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
     if index.stat().st_size != expected:
         raise DataError(
-            f"{index}: {index.stat().st_size} bytes, but its header says {expected}. The file is "
-            "truncated or damaged; preprocess the corpus again."
+            f"{index}: has {index.stat().st_size} bytes, but its header says {expected}. The "
+            "file is truncated or damaged; preprocess the corpus again."
         )
     content = numpy.memmap(index, mode="r", dtype=numpy.uint8, offset=HEADER.size)
     return IndexFile(
@@ -137,17 +137,21 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
         ends = numpy.cumsum(lengths, dtype=numpy.int64) * token_bytes + end
         if (lengths <= 0).any() or offsets[0] != end or (offsets[1:] != ends[:-1]).any():
             raise DataError(
-                f"{index}: lengths and offsets contradict each other; the file is damaged."
+                f"{index}: lengths and offsets contradict each other. The file is damaged; "
+                "preprocess the corpus again."
             )
         end = int(ends[-1])
     boundaries = content.boundaries
     is_whole = boundaries[0] == 0 and boundaries[-1] == len(content.lengths)
     steps = (numpy.diff(each) for each in _pieces(boundaries, overlap=1))
     if not is_whole or any((step <= 0).any() for step in steps):
-        raise DataError(f"{index}: its document boundaries are damaged.")
+        raise DataError(
+            f"{index}: invalid document boundaries. The file is damaged; preprocess the corpus "
+            "again."
+        )
     if os.path.getsize(data) != end:
         raise DataError(
-            f"{data}: {os.path.getsize(data)} bytes, but {index.name} describes {end}. One of "
+            f"{data}: has {os.path.getsize(data)} bytes, but {index.name} describes {end}. One of "
             "them is truncated or belongs to another dataset; preprocess the corpus again."
         )
     return IndexedDatasetSize(num_documents=len(boundaries) - 1, num_tokens=end // token_bytes)
@@ -169,20 +173,28 @@ def map_ids(prefix: str, dtype: type[numpy.number]) -> numpy.ndarray:
 
 
 def _pieces(array: numpy.ndarray, overlap: int = 0) -> Iterator[Any]:
-    """An array in pieces; each begins with the last `overlap` entries of the one before."""
+    """An array in pieces; each starts with the last `overlap` entries of the previous one."""
     for start in range(0, len(array), PIECE_ITEMS):
         yield array[max(start - overlap, 0) : start + PIECE_ITEMS]
 
 
 def _read_header(index: Path) -> tuple[type[numpy.number], int, int]:
-    """Type of the ids, sequences, and document boundaries."""
+    """Type of the ids, number of sequences, and number of document boundaries."""
     with open(index, "rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise DataError(f"{index}: not the index of an indexed dataset, or truncated.")
+        raise DataError(
+            f"{index}: not the index of an indexed dataset, or truncated; preprocess the corpus "
+            "again."
+        )
     _, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
     if version != VERSION or code not in DTYPES:
-        raise DataError(f"{index}: version {version} with dtype code {code} is not supported.")
+        raise DataError(
+            f"{index}: version {version} with dtype code {code} is not supported. Supported: "
+            f"version {VERSION} with dtype code {', '.join(map(str, DTYPES))}."
+        )
     if num_sequences == 0 or num_boundaries < 2:
-        raise DataError(f"{index}: the dataset is empty.")
+        raise DataError(
+            f"{index}: the dataset is empty; preprocess a corpus with at least one document."
+        )
     return DTYPES[code], num_sequences, num_boundaries

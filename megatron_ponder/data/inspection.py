@@ -1,6 +1,6 @@
-"""What is in an indexed dataset: numbers, a picture, a document as text, and whether it is sound.
+"""Inspects an indexed dataset: statistics, a histogram, a document as text, and verification.
 
-Left out: repairing anything.
+Not covered: repairs.
 """
 
 import dataclasses
@@ -29,35 +29,36 @@ SCAN_IDS = 1 << 22
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Which dataset, and what to do with it besides its numbers."""
+    """Flags of tools/inspect_data.py."""
 
     data_path: str
     """Prefix of the dataset, without .bin or .idx."""
     verify: bool = False
-    """Read all of it: index and data fit together, ids are below the vocabulary, and the files are
-    those that the manifest tells of."""
+    """Read the whole dataset and check that index and data agree, that all ids are within the
+    vocabulary, and that both files have the SHA-256 in the manifest."""
     document: int | None = None
-    """Print this document, from 0; needs the tokenizer."""
+    """Print the text of this document (the first is 0). Needs the tokenizer."""
     histogram: str | None = None
-    """PNG to draw the lengths of documents into."""
+    """Write a histogram of document lengths to this PNG file."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object instead of text."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """As in training."""
+    """Type of --tokenizer-model."""
     tokenizer_model: str | None = None
-    """As in training."""
+    """Tokenizer file, for --document. With --verify it must be the tokenizer of the manifest."""
     vocab_size: int | None = None
-    """Ids must be below this. None: the tokenizer's, or the one in the manifest."""
+    """With --verify all ids must be below this. None: the vocabulary of the tokenizer, or else of
+    the manifest."""
 
 
 def inspect_dataset(config: InspectConfig) -> dict[str, Any]:
-    """The numbers, and what else was asked for.
+    """Statistics of the dataset, and whatever else the flags ask for.
 
     Returns:
         Plain data for printing.
 
     Raises:
-        DataError: the dataset is missing or damaged, or --verify finds something.
+        DataError: the dataset is missing or damaged, or --verify finds a fault.
     """
     prefix = config.data_path
     size = check_indexed_dataset(prefix)
@@ -90,7 +91,7 @@ def inspect_dataset(config: InspectConfig) -> dict[str, Any]:
 
 
 def document_lengths(index: IndexFile) -> numpy.ndarray:
-    """Tokens of each document, int64; a document may have several sequences."""
+    """Tokens of each document, int64 [documents]; a document may have several sequences."""
     if len(index.boundaries) == len(index.lengths) + 1:
         return index.lengths.astype(numpy.int64)
     ends = numpy.concatenate(([0], numpy.cumsum(index.lengths, dtype=numpy.int64)))
@@ -98,11 +99,11 @@ def document_lengths(index: IndexFile) -> numpy.ndarray:
 
 
 def _tokenizer(config: InspectConfig) -> Tokenizer | None:
-    """The tokenizer, where one was named."""
+    """The tokenizer, if one was given."""
     is_null = config.tokenizer_type == "NullTokenizer" and config.vocab_size is not None
     if config.tokenizer_model is None and not is_null:
         if config.document is not None:
-            raise DataError("--document needs --tokenizer-model, to turn ids into text.")
+            raise DataError("--document needs --tokenizer-model to turn ids into text.")
         return None
     data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
     return build_tokenizer(data, config.vocab_size)
@@ -114,13 +115,13 @@ def _verify(
     tokenizer: Tokenizer | None,
     manifest: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Read everything and say what was checked."""
+    """Read the whole dataset; return what was checked."""
     prefix = config.data_path
     told = (manifest or {}).get("tokenizer") or {}
     if tokenizer is not None and told and told != tokenizer_entry(tokenizer):
         raise DataError(
-            f"{prefix}: its manifest tells of another tokenizer ({told}) than the one given "
-            f"({tokenizer_entry(tokenizer)})."
+            f"{prefix}: its manifest names another tokenizer ({told}) than the one given "
+            f"({tokenizer_entry(tokenizer)}). Give the tokenizer of the manifest."
         )
     vocab_size = config.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     vocab_size = vocab_size or told.get("vocab_size")
@@ -128,7 +129,8 @@ def _verify(
     if least < 0 or (vocab_size is not None and most >= vocab_size):
         raise DataError(
             f"{prefix}: ids from {least} to {most}, but the vocabulary ends at "
-            f"{(vocab_size or 0) - 1}. It was made with another tokenizer, or is damaged."
+            f"{(vocab_size or 0) - 1}. The dataset was made with another tokenizer, or is damaged; "
+            "give its tokenizer, or preprocess the corpus again."
         )
     checked = {"index": True, "largest_id": most, "vocab_size": vocab_size, "manifest": False}
     if manifest is not None:
@@ -136,8 +138,8 @@ def _verify(
         for name, file in (("bin", data_file(prefix)), ("idx", index_file(prefix))):
             if hash_file(file) != entry[f"{name}_sha256"]:
                 raise DataError(
-                    f"{file}: is not the file that its manifest tells of (SHA-256 differs); it was "
-                    "changed, or belongs to another run."
+                    f"{file}: is not the file described by the manifest (SHA-256 differs). It was "
+                    "changed, or belongs to another run; preprocess the corpus again."
                 )
         checked["manifest"] = True
     return checked
@@ -161,7 +163,7 @@ def _document(
     number, count = config.document, len(index.boundaries) - 1
     assert number is not None and tokenizer is not None
     if not 0 <= number < count:
-        raise DataError(f"--document {number}: there are documents 0 to {count - 1}.")
+        raise DataError(f"--document {number}: the dataset has documents 0 to {count - 1}.")
     first, last = int(index.boundaries[number]), int(index.boundaries[number + 1]) - 1
     token_bytes = numpy.dtype(index.dtype).itemsize
     begin = int(index.offsets[first]) // token_bytes
@@ -172,14 +174,14 @@ def _document(
     if beyond:
         raise DataError(
             f"--document {number}: has id {beyond[0]}, beyond the tokenizer's vocabulary of "
-            f"{tokenizer.vocab_size}; the data was made with another tokenizer."
+            f"{tokenizer.vocab_size}. The data was made with another tokenizer; give that one."
         )
     text = tokenizer.detokenize(ids[:-1] if is_ended else ids)
     return {"number": number, "tokens": len(ids), "is_ended": is_ended, "text": text}
 
 
 def _draw(lengths: numpy.ndarray, path: Path) -> None:
-    """Documents and tokens by length of document."""
+    """Draw a histogram of documents and of tokens by document length."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Conversations packed whole into sequences, for supervised fine-tuning.
+"""Packs whole conversations into sequences for supervised fine-tuning.
 
-Conversations are shuffled anew for each repetition and laid one behind the other as long as the
-next one fits; the rest of a sequence is padding that takes no part in the loss. Nothing is cut but
-a conversation that is longer than a sequence, which loses its end. Attention sees the conversations
-before in the same sequence. Left out: how they are tokenized (conversations.py).
+Conversations are shuffled anew in each epoch and packed in that order; when the next one does not
+fit, the rest of the sequence is padding without loss. Only a conversation that is longer than a
+sequence is truncated. Attention also sees the previous conversations of the same sequence. Not
+covered: tokenization (conversations.py).
 """
 
 import logging
@@ -23,21 +23,21 @@ logger = logging.getLogger(__name__)
 
 
 def mask_prefix(prefix: str) -> str:
-    """The dataset with the loss mask of another one.
+    """Prefix of the loss mask that belongs to a dataset of conversations.
 
     Raises:
-        DataError: the prefix is not one that --instruction-data writes.
+        DataError: the prefix is not named as preprocessing with --instruction-data names it.
     """
     if not prefix.endswith(IDS_STREAM):
         raise DataError(
-            f"{prefix}: with --instruction-data the prefix ends in {IDS_STREAM}, as "
-            "tools/preprocess_data.py --instruction-data writes it."
+            f"{prefix}: is not a dataset of conversations: the prefix must be one that ends in "
+            f"{IDS_STREAM}, as tools/preprocess_data.py --instruction-data writes it."
         )
     return prefix.removesuffix(IDS_STREAM) + MASK_STREAM
 
 
 def check_instruction_dataset(prefix: str) -> None:
-    """Check that every conversation has a mask of its length.
+    """Check that every conversation has a loss mask of the same length.
 
     Raises:
         DataError: a file is missing or damaged, or the two do not belong together.
@@ -47,11 +47,13 @@ def check_instruction_dataset(prefix: str) -> None:
     check_indexed_dataset(mask)
     lengths, others = (open_index(index_file(p)).lengths for p in (prefix, mask))
     if not numpy.array_equal(lengths, others):
-        raise DataError(f"{mask}: belongs to other conversations than {prefix}.")
+        raise DataError(
+            f"{mask}: belongs to other conversations than {prefix}; preprocess them again."
+        )
 
 
 class InstructionDataset(Dataset[Any]):
-    """Sequences of packed conversations, as many as are wanted."""
+    """A given number of sequences of packed conversations."""
 
     def __init__(
         self,
@@ -66,12 +68,12 @@ class InstructionDataset(Dataset[Any]):
         """Plan the sequences.
 
         Args:
-            prefix: of the ids.
-            documents: the conversations to use, by number.
-            num_samples: sequences to plan; conversations are repeated where there are too few.
+            prefix: dataset of the ids.
+            documents: indexes of the conversations to use.
+            num_samples: number of sequences; conversations are repeated if there are too few.
             seq_length: tokens per sequence.
-            seed: of the order.
-            pad: id that fills a sequence up.
+            seed: seed of the order.
+            pad: id of the padding.
         """
         self._ids = IndexedDataset(prefix)
         self._mask = IndexedDataset(mask_prefix(prefix))
@@ -80,7 +82,7 @@ class InstructionDataset(Dataset[Any]):
         num_cut = int((lengths > seq_length + 1).sum())
         if num_cut:
             logger.warning(
-                "%s: %d of %d conversations are longer than a sequence and lose their end",
+                "%s: %d of %d conversations are longer than --seq-length and are truncated",
                 prefix,
                 num_cut,
                 len(lengths),
@@ -98,7 +100,7 @@ class InstructionDataset(Dataset[Any]):
         return len(self._packs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`tokens`, `labels`: int64 [s]; `loss_mask`: fp32 [s], 1 where the label is learned."""
+        """`tokens`, `labels`: int64 [s]; `loss_mask`: fp32 [s], 1 where the label counts."""
         size = self._seq_length + 1
         chosen = [self._first + int(number) for number in self._packs[index]]
         ids = _filled([self._ids[each] for each in chosen], size, self._pad)
@@ -111,7 +113,7 @@ class InstructionDataset(Dataset[Any]):
 
 
 def _pack(order: numpy.ndarray, lengths: numpy.ndarray, size: int) -> list[numpy.ndarray]:
-    """Cut an order of conversations where the next one does not fit any more."""
+    """Cut an order of conversations into sequences of at most `size` tokens."""
     cuts = []
     used = 0
     for place, length in enumerate(lengths.tolist()):
@@ -123,7 +125,7 @@ def _pack(order: numpy.ndarray, lengths: numpy.ndarray, size: int) -> list[numpy
 
 
 def _filled(parts: list[Any], size: int, padding: int) -> Tensor:
-    """Parts one behind the other, cut and filled up to a size."""
+    """Concatenate parts, then truncate or pad to `size`."""
     joined = numpy.concatenate(parts).astype(numpy.int64)[:size]
     filled = numpy.full(size, padding, numpy.int64)
     filled[: len(joined)] = joined

@@ -1,8 +1,8 @@
-"""Micro-batches for one data-parallel rank, in an order that no layout changes.
+"""Loads micro-batches for one data-parallel rank, in an order that does not depend on the layout.
 
 The samples of training iteration i (from 0) are i*g .. (i+1)*g - 1 of the dataset, g being the
-global batch size. Within them ranks take turns in blocks of one micro-batch. So the position in the
-data is one number, `consumed_samples`, and resuming needs no more than that.
+global batch size. Ranks take them in turn, one micro-batch each. So the position in the data is one
+number, `consumed_samples`, and resuming needs nothing else.
 """
 
 import signal
@@ -28,23 +28,23 @@ def build_loader(
     num_workers: int,
     vocab_size: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """Micro-batches of this rank, from where the run is to the end of the dataset.
+    """Micro-batches of this rank, from the position of the run to the end of the dataset.
 
     Args:
         dataset: from `build_datasets`.
         micro_batch_size: sequences per batch.
-        data_parallel_rank: this rank's.
+        data_parallel_rank: rank of this process in its data-parallel group.
         data_parallel_size: number of ranks that share the samples.
-        consumed_samples: samples that all ranks together have used before.
-        num_workers: loading processes; 0 loads in this one.
+        consumed_samples: samples that all ranks together have consumed before.
+        num_workers: loader processes; 0 loads in this process.
         vocab_size: ids must be below this.
 
     Yields:
-        `tokens`, `labels`: int64 [b, s]; `loss_mask`: fp32 [b, s]; on the CPU, pinned if there is
-        CUDA.
+        `tokens`, `labels`: int64 [b, s]; `loss_mask`: fp32 [b, s]; on the CPU, pinned if CUDA is
+        available.
 
     Raises:
-        DataError: an id does not fit the vocabulary.
+        DataError: an id is not within the vocabulary.
     """
     loader = DataLoader(
         dataset,
@@ -58,8 +58,8 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
-        # One of its own: starting a loader draws a number, and would move the default generator,
-        # which dropout on CPU draws from, at other places in a resumed run.
+        # A loader draws a number when it starts. From the default generator, which dropout on CPU
+        # uses, it would do so at different iterations in a resumed run.
         generator=torch.Generator(),
     )
     for batch in loader:
@@ -68,14 +68,15 @@ def build_loader(
         if smallest < 0 or largest >= vocab_size:
             raise DataError(
                 f"the data has token ids from {smallest} to {largest}, but the model's vocabulary "
-                f"ends at {vocab_size - 1}. The data was made with another tokenizer; preprocess "
-                "it with this one, or give the --tokenizer-model and --vocab-size it was made with."
+                f"ends at {vocab_size - 1}. The data was made with another tokenizer: give the "
+                "--tokenizer-model and --vocab-size it was made with, or preprocess the corpus "
+                "with this one."
             )
         yield batch
 
 
 class _MicroBatches(torch.utils.data.Sampler[list[int]]):
-    """Consecutive samples in blocks of a micro-batch, every `stride` samples."""
+    """One micro-batch of consecutive samples every `stride` samples."""
 
     def __init__(
         self, *, num_samples: int, first_sample: int, micro_batch_size: int, stride: int
@@ -92,11 +93,11 @@ class _MicroBatches(torch.utils.data.Sampler[list[int]]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave stopping to the training process, which ends its iteration before it stops."""
+    """Ignore signals; the training process handles them and finishes its iteration first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack what training uses."""
+    """Stack the tensors that training uses."""
     return {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}

@@ -1,14 +1,13 @@
-"""PREFIX.manifest.json: what a dataset was made of, with what, and what its files must hold.
+"""PREFIX.manifest.json: the inputs, tokenizer and options of a dataset, and hashes of its files.
 
-    format       of this file
-    inputs       path, bytes and SHA-256 of every file that was read
-    tokenizer    kind, SHA-256 of its content, vocabulary and end id
-    options      those that decide the result
-    documents    read = written + the sum of rejected, which has a number per kind
+    format       version of this file
+    inputs       path, bytes and SHA-256 of every input file
+    tokenizer    kind, SHA-256 of its content, vocabulary size and end id
+    options      options that affect the result
+    documents    read = written + the sum of rejected, which has a count per kind
     datasets     for each: documents, sequences, tokens, dtype, size and SHA-256 of its files
 
-It holds nothing that differs between two runs over the same input. Left out: who reads it
-(inspection.py, fingerprint.py).
+Two runs on the same input write identical manifests.
 """
 
 import hashlib
@@ -32,17 +31,17 @@ def manifest_file(prefix: str | Path) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one go."""
+    """Write a JSON file atomically."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def find_manifest(dataset: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The manifest that tells of a dataset, by the dataset's prefix; None where there is none.
+    """Path and content of the manifest of a dataset, by its prefix; None if there is none.
 
     Raises:
-        DataError: it is there and cannot be read.
+        DataError: the manifest exists but is invalid.
     """
     for path in _candidates(Path(dataset)):
         if not path.is_file():
@@ -52,12 +51,15 @@ def find_manifest(dataset: str | Path) -> tuple[Path, dict[str, Any]] | None:
             if Path(dataset).name in manifest["datasets"]:
                 return path, manifest
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: damaged, or no manifest ({error}).") from None
+            raise DataError(
+                f"{path}: damaged, or no manifest ({error}). Preprocess the corpus again, or "
+                "remove the file."
+            ) from None
     return None
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What tells a tokenizer from others."""
+    """What identifies a tokenizer."""
     return {
         **tokenizer.unique_identifiers,
         "vocab_size": tokenizer.vocab_size,
@@ -75,7 +77,7 @@ def hash_file(path: Path) -> str:
 
 
 def _candidates(dataset: Path) -> Iterator[Path]:
-    """Where the manifest of PREFIX_KEY_document may lie; keys and prefixes may have underscores."""
+    """Possible manifests of PREFIX_KEY_document; keys and prefixes may contain underscores."""
     name = dataset.name
     yield dataset.with_name(name + SUFFIX)
     while "_" in name:

@@ -1,7 +1,7 @@
-"""Several indexed datasets become one: their bytes, one behind the other, and one index.
+"""Merges indexed datasets into one: concatenates their data and writes a new index.
 
-The result is what megatron-core's IndexedDatasetBuilder.add_index gives. Left out: blending, which
-needs no new files (--data-path takes several datasets).
+The result equals that of megatron-core's IndexedDatasetBuilder.add_index. Not covered: blending,
+which needs no new files (--data-path takes several datasets).
 """
 
 import dataclasses
@@ -29,29 +29,29 @@ COPY_BYTES = 1 << 22
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What to join into what."""
+    """Flags of tools/merge_datasets.py."""
 
     input: tuple[str, ...]
-    """Prefixes of datasets, in order; a folder stands for all datasets in it, sorted by name."""
+    """Prefixes of the datasets, in order. A folder means all datasets in it, sorted by name."""
     output_prefix: str
-    """Files are written as PREFIX.bin, .idx and .manifest.json."""
+    """Write PREFIX.bin, PREFIX.idx and PREFIX.manifest.json."""
     overwrite: bool = False
-    """Replace output that exists."""
+    """Replace existing output."""
 
 
 def merge_datasets(config: MergeConfig) -> dict[str, Any]:
-    """Write the joined dataset.
+    """Write the merged dataset.
 
     Returns:
         Its entry in the manifest.
 
     Raises:
-        DataError: a dataset is missing or damaged, or they do not go together.
+        DataError: a dataset is missing or damaged, or the datasets cannot be merged.
     """
     prefixes = _find_prefixes(config.input)
     output = Path(config.output_prefix)
     if output.resolve() in [Path(prefix).resolve() for prefix in prefixes]:
-        raise DataError(f"--output-prefix {output}: is one of the inputs.")
+        raise DataError(f"--output-prefix {output}: is one of the inputs. Give another prefix.")
     refuse_existing(output, [output], config.overwrite)
     for prefix in prefixes:
         check_indexed_dataset(prefix)
@@ -76,7 +76,7 @@ def merge_datasets(config: MergeConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A whole dataset as a part of another."""
+    """A whole dataset as part of the merged one."""
 
     prefix: str
     index: IndexFile
@@ -101,7 +101,7 @@ class _Part:
 
 
 def _find_prefixes(inputs: Sequence[str]) -> list[str]:
-    """Prefixes, with folders replaced by what is in them."""
+    """Prefixes, with each folder replaced by the datasets in it."""
     prefixes: list[str] = []
     for given in inputs:
         if not Path(given).is_dir():
@@ -109,16 +109,16 @@ def _find_prefixes(inputs: Sequence[str]) -> list[str]:
             continue
         found = sorted(str(path.with_suffix("")) for path in Path(given).glob("*.idx"))
         if not found:
-            raise DataError(f"--input {given}: no dataset (.idx) in this folder.")
+            raise DataError(f"--input {given}: this folder contains no dataset (.idx).")
         prefixes += found
     return prefixes
 
 
 def _check_alike(parts: Sequence[_Part]) -> dict[str, Any] | None:
-    """Refuse datasets that cannot be one.
+    """Refuse datasets that cannot be merged.
 
     Returns:
-        Their tokenizer, where their manifests tell it.
+        Their tokenizer, if any of their manifests states it.
     """
     first = parts[0]
     known: tuple[str, dict[str, Any]] | None = None
@@ -126,8 +126,8 @@ def _check_alike(parts: Sequence[_Part]) -> dict[str, Any] | None:
         if part.index.dtype is not first.index.dtype:
             raise DataError(
                 f"{part.prefix} holds {part.index.dtype.__name__}, {first.prefix} "
-                f"{first.index.dtype.__name__}: they were made with vocabularies of different size "
-                "and cannot be one dataset."
+                f"{first.index.dtype.__name__}: they were made with different tokenizers and "
+                "cannot be merged. Preprocess one of them again."
             )
         manifest = find_manifest(part.prefix)
         tokenizer = manifest[1].get("tokenizer") if manifest else None

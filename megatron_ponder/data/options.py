@@ -7,16 +7,16 @@ from megatron_ponder.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareIndexOptions:
-    """What the flags of the run do not say."""
+    """The flags that the run itself does not have."""
 
     world_size: int = 1
-    """Ranks that the run will have (nodes x processes per node)."""
+    """Number of ranks of the run (nodes x processes per node)."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of ranks.
+        """Refuse fewer than one rank.
 
         Raises:
-            ConfigError: less than one.
+            ConfigError: world_size is less than one.
         """
         if self.world_size < 1:
             raise ConfigError(f"--world-size {self.world_size}: must be at least 1.")

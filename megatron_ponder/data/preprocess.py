@@ -1,10 +1,10 @@
-"""A corpus becomes indexed datasets: read, tokenize in several processes, join in order.
+"""Preprocesses a corpus into indexed datasets: reads, tokenizes in parallel, and joins in order.
 
-This process cuts the input into chunks, worker processes tokenize a chunk each and write it as a
-shard, and shards are joined without looking into them. Documents keep the order of the input, and
-the files are the same for any number of workers: the bytes that Megatron-LM's own tool writes. A
-run that was stopped goes on from its shards; outputs appear when everything is done. Imports no
-torch, so that workers are small and start at once.
+The main process cuts the input into chunks. Worker processes tokenize one chunk at a time and write
+it as a shard. Shards are then concatenated without parsing. Documents keep the order of the input,
+and the output is the same for any number of workers: the bytes that Megatron-LM's own tool writes.
+An interrupted run resumes from its shards; outputs are published when all are complete. Imports no
+torch, so workers are small and start quickly.
 """
 
 import collections
@@ -47,53 +47,54 @@ logger = logging.getLogger(__name__)
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 32 << 20
 CHUNKS_WANTED = 512
-"""Enough for many workers to end at about the same time; not so many that files are a load."""
+"""Enough that many workers finish at about the same time, without too many files."""
 CHUNKS_AHEAD = 2
-"""Chunks per worker that are read and not yet done; bounds memory."""
+"""Chunks per worker that are read ahead; bounds memory."""
 EXAMPLES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """What to preprocess, with what, into what."""
+    """Flags of tools/preprocess_data.py."""
 
     input: tuple[str, ...]
-    """Files, folders or globs, or - for standard input: JSON Lines (an object with text per line),
-    plain text or Parquet; plain or compressed (.gz .zst .bz2 .xz)."""
+    """Files, folders, globs, or - for standard input. JSON Lines (one object per line), plain text
+    or Parquet; plain or compressed (.gz .zst .bz2 .xz)."""
     output_prefix: str
-    """Files are written as PREFIX_KEY_document.bin and .idx, beside PREFIX.manifest.json."""
+    """Write PREFIX_KEY_document.bin, PREFIX_KEY_document.idx and PREFIX.manifest.json."""
     json_keys: tuple[str, ...] = ("text",)
-    """Keys (columns) of the text in each JSON object (row); a dataset is written for each."""
+    """Keys of the text in each JSON object (in Parquet: columns). Each key becomes a dataset."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """As in training."""
+    """Type of --tokenizer-model, as in training."""
     tokenizer_model: str | None = None
-    """As in training."""
+    """Tokenizer file, as in training. Required except for NullTokenizer."""
     vocab_size: int | None = None
-    """NullTokenizer only."""
+    """Vocabulary size of NullTokenizer; ignored for others."""
     word_cache: bool = False
-    """Remember the ids of words: the same output up to twice as fast, with SentencePiece BPE
-    models that look at nothing but words, as tools/train_tokenizer.py makes. Refused for others."""
+    """Cache the ids of words: the same output, up to twice as fast. Only for SentencePiece BPE
+    models that tokenize word by word, such as those of tools/train_tokenizer.py."""
     append_eod: bool = False
-    """End every document with the tokenizer's end id. Training wants it."""
+    """Append the tokenizer's end id to every document. Recommended for pretraining."""
     instruction_data: bool = False
-    """Conversations for fine-tuning: objects with messages, or with prompt and response. Written as
-    PREFIX_instruction_document, with a mask of the responses beside it."""
+    """The input holds conversations for fine-tuning: objects with messages, or with prompt and
+    response. Write PREFIX_instruction_document and its loss mask, PREFIX_instruction_loss_mask."""
     workers: int = max(1, (os.cpu_count() or 2) - 1)
-    """Tokenizing processes. 0: tokenize in this process."""
+    """Number of tokenizing processes; by default one fewer than cores. 0: tokenize in the main
+    process."""
     input_format: InputFormat = "auto"
     """auto: by suffix (.jsonl .json .ndjson, .txt .text .md .rst, .parquet)."""
     split_paragraphs: bool = False
-    """Plain text: a document per block between blank lines instead of per file."""
+    """Plain text: one document per block between blank lines instead of one per file."""
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
-    """Longer documents (lines of JSON) are rejected; memory is bounded by it."""
+    """Reject longer documents (lines of JSON), in bytes. Bounds memory."""
     max_rejected: int = 0
-    """Go on as long as no more documents than this are rejected; each is listed with file, line and
-    reason in PREFIX.rejected.jsonl."""
+    """Stop if more documents than this are rejected. Each is listed with file, line and reason in
+    PREFIX.rejected.jsonl."""
     overwrite: bool = False
-    """Replace output that exists."""
+    """Replace existing output."""
 
     def read_options(self) -> ReadOptions:
-        """How files are taken apart."""
+        """The options of the reader."""
         return ReadOptions(
             input_format=self.input_format,
             split_paragraphs=self.split_paragraphs,
@@ -104,23 +105,23 @@ class PreprocessConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PreprocessSummary:
-    """What became of the documents. read = written + rejected."""
+    """Counts of a run. read = written + rejected."""
 
     num_read: int = 0
     num_written: int = 0
     rejected: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """Documents left out, by kind."""
+    """Rejected documents, by kind."""
     num_tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """By stream, end ids included."""
+    """Tokens by stream, end ids included."""
     num_text_bytes: int = 0
-    """Bytes of the documents written, as they were read, without compression."""
+    """Uncompressed bytes of the documents written."""
     num_chunks: int = 0
     num_reused: int = 0
-    """Chunks that an interrupted run had done."""
+    """Chunks reused from an interrupted run."""
 
     @property
     def num_rejected(self) -> int:
-        """Documents left out."""
+        """Number of rejected documents."""
         return self.rejected.total()
 
     def add(self, header: ShardHeader, is_reused: bool) -> None:
@@ -138,8 +139,8 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     """Write the datasets.
 
     Raises:
-        DataError: input, tokenizer or output cannot be used; too many documents are rejected; a
-            worker died; or the run was interrupted. What was done is kept for the same command.
+        DataError: input, tokenizer or output is invalid; too many documents are rejected; a
+            worker died; or the run was interrupted. Finished chunks are kept for a repeated run.
     """
     _check(config)
     sources = [Source(path) for path in find_inputs(config.input)]
@@ -154,28 +155,34 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         refuse_existing(prefix, places, config.overwrite or work.is_publishing)
         summary = _tokenize(config, sources, encoder.streams, plan["chunk_bytes"], work)
         if summary.num_written == 0:
-            raise DataError(f"--input {' '.join(config.input)}: no document with any text.")
+            raise DataError(
+                f"--input {' '.join(config.input)}: no document with any text. Give other inputs."
+            )
         _join(prefix, sources, encoder.streams, plan, summary, work)
         work.remove()
     return summary
 
 
 def _check(config: PreprocessConfig) -> None:
-    """Refuse settings that mean nothing."""
+    """Refuse invalid settings."""
     for name, least in (("workers", 0), ("max_rejected", 0), ("max_document_bytes", 1)):
         if getattr(config, name) < least:
             flag = name.replace("_", "-")
             raise DataError(f"--{flag} {getattr(config, name)}: must be at least {least}.")
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
-        raise DataError(f"--json-keys {' '.join(config.json_keys)}: give each key once.")
+        raise DataError(
+            f"--json-keys {' '.join(config.json_keys)}: give at least one key, and each only once."
+        )
     if config.instruction_data and config.input_format in ("text", "parquet"):
-        raise DataError("--instruction-data needs JSON Lines.")
+        raise DataError(
+            f"--instruction-data needs JSON Lines; leave out --input-format {config.input_format}."
+        )
 
 
 def _plan(
     config: PreprocessConfig, sources: Sequence[Source], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Everything that decides the shards; content of the input apart, which each shard knows."""
+    """Everything that determines the shards, except the input's content, which shards hash."""
     total = total_bytes([source.path for source in sources])
     chunk_bytes = MAX_CHUNK_BYTES if total is None else total // CHUNKS_WANTED
     return {
@@ -201,7 +208,7 @@ def _tokenize(
     chunk_bytes: int,
     work: WorkFolder,
 ) -> PreprocessSummary:
-    """A shard for every chunk, with progress; stops when too many documents are rejected."""
+    """Make a shard for every chunk, with progress; stop if too many documents are rejected."""
     summary = PreprocessSummary()
     examples: list[dict[str, Any]] = []
     chunks = read_chunks(sources, config.read_options(), chunk_bytes)
@@ -216,7 +223,7 @@ def _tokenize(
                 raise DataError(_too_many(config, summary, examples))
     if summary.num_reused:
         logger.info(
-            "%d of %d chunks were done by an interrupted run",
+            "reused %d of %d chunks of an interrupted run",
             summary.num_reused,
             summary.num_chunks,
         )
@@ -225,7 +232,7 @@ def _tokenize(
 
 @dataclasses.dataclass(frozen=True)
 class _Done:
-    """A chunk that has its shard."""
+    """A chunk whose shard is written."""
 
     header: ShardHeader
     num_stored_bytes: int
@@ -235,7 +242,7 @@ class _Done:
 def _shards(
     config: PreprocessConfig, chunks: Iterator[Chunk], streams: Sequence[Stream], work: WorkFolder
 ) -> Iterator[_Done]:
-    """A shard per chunk, in order; those that are there and of the same content are kept."""
+    """A shard per chunk, in order; shards of unchanged content are reused."""
     make_encoder = functools.partial(build_encoder, config)
     with tokenizing(config.workers, make_encoder, config.max_document_bytes) as submit:
 
@@ -264,12 +271,12 @@ def _join(
     summary: PreprocessSummary,
     work: WorkFolder,
 ) -> None:
-    """Outputs from all shards."""
+    """Join all shards and publish the outputs."""
     shards = []
     for index in range(summary.num_chunks):
         shard = read_shard(work.shard(index), streams)
         if shard is None:
-            raise DataError(f"{work.shard(index)}: damaged. Run the same command again.")
+            raise DataError(f"{work.shard(index)}: damaged. Repeat the same command.")
         shards.append(shard)
     staged: dict[Path, Path] = {}
     datasets = {}
@@ -304,7 +311,7 @@ def _join(
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One stream of a shard as a part of a dataset: each document is a sequence."""
+    """One stream of a shard as part of a dataset; each document is one sequence."""
 
     shard: Shard
     stream: Stream
@@ -328,10 +335,10 @@ class _Part:
 
 
 def build_encoder(config: PreprocessConfig) -> Encoder:
-    """What tokenizes documents, by the same rules as in training.
+    """The encoder that the flags ask for.
 
     Raises:
-        DataError: the tokenizer cannot be used.
+        DataError: the tokenizer is invalid.
     """
     data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
     tokenizer = build_tokenizer(data, config.vocab_size)
@@ -343,7 +350,7 @@ def build_encoder(config: PreprocessConfig) -> Encoder:
 
 
 def _rates(summary: PreprocessSummary, elapsed_s: float) -> str:
-    """How fast it goes."""
+    """Throughput for the progress bar."""
     elapsed_s = max(elapsed_s, 1e-9)
     num_tokens = next(iter(summary.num_tokens.values()), 0)
     return (
@@ -356,12 +363,12 @@ def _rates(summary: PreprocessSummary, elapsed_s: float) -> str:
 def _too_many(
     config: PreprocessConfig, summary: PreprocessSummary, examples: Sequence[dict[str, Any]]
 ) -> str:
-    """Why the run stops."""
+    """The message if too many documents are rejected."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.rejected.items()))
     shown = "".join(f"\n  {e['file']}:{e['line']}: {e['reason']}." for e in examples)
     return (
-        f"{summary.num_rejected} of the first {summary.num_read} documents cannot be used "
+        f"{summary.num_rejected} of the first {summary.num_read} documents are rejected "
         f"({kinds}); --max-rejected {config.max_rejected} allows no more:{shown}\nCorrect the "
-        "input, or allow more: then they are left out, counted and listed in "
-        f"{rejected_file(config.output_prefix)}. What is done is kept for the next run."
+        "input, or raise --max-rejected; rejected documents are then counted and listed in "
+        f"{rejected_file(config.output_prefix)}. Finished work is kept for the next run."
     )

@@ -1,8 +1,9 @@
-"""Datasets joined from parts, and put in their places only when everything is there.
+"""Joins datasets from parts and publishes their files when all are complete.
 
 Parts are shards of preprocessing or whole datasets; nothing is tokenized again. Files are written
-in a folder beside their places and renamed: data first, indexes behind them, the manifest last. A
-dataset without an index is not mistaken for one, and a manifest means that all is complete.
+to a temporary folder beside their destination and then renamed: data first, then indexes, the
+manifest last. A .bin without its index is not a dataset, and a manifest means that all files are
+complete.
 """
 
 import hashlib
@@ -20,10 +21,10 @@ from megatron_ponder.errors import DataError
 
 
 class DatasetPart(IndexPart, Protocol):
-    """Consecutive sequences of a dataset that is to be written."""
+    """Consecutive sequences of a dataset to be written."""
 
     def pieces(self) -> Iterator[bytes]:
-        """The ids as they are stored."""
+        """The stored ids, in pieces."""
 
 
 def write_dataset(
@@ -65,33 +66,33 @@ def rejected_file(prefix: str | Path) -> Path:
 
 
 def existing_outputs(prefix: Path, datasets: Sequence[Path]) -> list[Path]:
-    """Files that a run would replace."""
+    """Existing files that a run would replace."""
     files = [f(each) for each in datasets for f in (data_file, index_file)]
     return [f for f in [*files, manifest_file(prefix), rejected_file(prefix)] if f.exists()]
 
 
 def refuse_existing(prefix: Path, datasets: Sequence[Path], overwrite: bool) -> None:
-    """Make the folder of the outputs, and refuse to replace any of them unless told to.
+    """Create the output folder, and refuse to replace outputs unless `overwrite` is set.
 
     Raises:
-        DataError: one is there.
+        DataError: an output exists.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     existing = existing_outputs(prefix, datasets)
     if existing and not overwrite:
-        raise DataError(f"{existing[0]} exists already; give --overwrite to replace it.")
+        raise DataError(f"{existing[0]}: exists already; give --overwrite to replace it.")
 
 
 def publish(
     prefix: Path, staged: Mapping[Path, Path], manifest: dict[str, Any], rejected: Path | None
 ) -> None:
-    """Put finished files into their places.
+    """Move finished files to their destination.
 
     Args:
-        prefix: of manifest and rejected documents.
-        staged: where each dataset lies now, by where it is to lie; both without suffix.
-        manifest: to be written last.
-        rejected: the list of rejected documents; None where there are none.
+        prefix: prefix of the manifest and of the list of rejected documents.
+        staged: temporary prefix of each dataset, by its final prefix.
+        manifest: content of the manifest, written last.
+        rejected: file that lists rejected documents; None if there are none.
     """
     for old in (manifest_file(prefix), *map(index_file, staged), rejected_file(prefix)):
         old.unlink(missing_ok=True)

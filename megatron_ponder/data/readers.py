@@ -1,8 +1,8 @@
-"""Documents of JSON Lines, plain text and Parquet files, streamed, in order.
+"""Streams the documents of JSON Lines, plain text and Parquet files, in order.
 
-Files become segments, segments are gathered into chunks: the unit that a worker gets and that a
-resumed run reuses. Where chunks are cut depends on the content and on `chunk_bytes` alone. Memory
-is bounded by the longest document that is kept, whatever a file's size.
+Files are cut into segments, and segments are grouped into chunks. A chunk is the unit of work of a
+worker, and the unit that a resumed run reuses. Chunk boundaries depend only on the content and on
+`chunk_bytes`. Memory is bounded by the longest accepted document, whatever the size of a file.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ ROWS_AT_ONCE = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How files are taken apart."""
+    """How to read files."""
 
     input_format: InputFormat = "auto"
-    """auto goes by each file's suffix."""
+    """auto: by the suffix of each file."""
     split_paragraphs: bool = False
-    """Plain text: a document per block between blank lines, not per file."""
+    """Plain text: one document per block between blank lines instead of one per file."""
     keys: tuple[str, ...] = ("text",)
-    """Columns to read of tables."""
+    """Columns of tables to read."""
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
-    """Longer documents are not kept."""
+    """Longer documents are dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Chunk:
     index: int
     segments: list[Segment]
     num_stored_bytes: int
-    """Bytes read from files since the chunk before, for the progress bar."""
+    """Stored bytes read since the previous chunk, for the progress bar."""
 
     def digest(self) -> str:
-        """SHA-256 of everything that decides its documents."""
+        """SHA-256 of everything that determines its documents."""
         digest = hashlib.sha256()
         for segment in self.segments:
             segment.update(digest)
         return digest.hexdigest()
 
     def documents(self, max_document_bytes: int) -> Iterator[RawDocument | DocumentError]:
-        """All its documents in order."""
+        """Its documents in order, and an error for each that is too long."""
         for segment in self.segments:
             yield from segment.documents(max_document_bytes)
 
@@ -69,10 +69,10 @@ class Chunk:
 def read_chunks(
     sources: Sequence[Source], options: ReadOptions, chunk_bytes: int
 ) -> Iterator[Chunk]:
-    """All files, in chunks of at least `chunk_bytes` and at most a document more.
+    """All files, in chunks of `chunk_bytes` plus at most one segment.
 
     Raises:
-        DataError: a file cannot be read or is damaged, or auto does not know its suffix.
+        DataError: a file cannot be read or is damaged, or its suffix is unknown to auto.
     """
     segments: list[Segment] = []
     size = index = stored_before = 0
@@ -94,10 +94,10 @@ def read_documents(
     split_paragraphs: bool = False,
     keys: tuple[str, ...] = ("text",),
 ) -> Iterator[RawDocument]:
-    """All documents of all files, in order, for callers that take no faults.
+    """All documents of all files, in order; the first invalid one is an error.
 
     Raises:
-        DataError: a file cannot be read, or auto does not know its suffix; a document is too long.
+        DataError: a file cannot be read, its suffix is unknown to auto, or a document is too long.
     """
     options = ReadOptions(input_format=input_format, split_paragraphs=split_paragraphs, keys=keys)
     for file in files:
@@ -112,7 +112,7 @@ def read_segments(source: Source, options: ReadOptions) -> Iterator[Segment]:
     """The segments of one file.
 
     Raises:
-        DataError: the file cannot be read or is damaged, or auto does not know its suffix.
+        DataError: the file cannot be read or is damaged, or its suffix is unknown to auto.
     """
     match format_of(source, options.input_format):
         case "parquet":
@@ -126,14 +126,14 @@ def read_segments(source: Source, options: ReadOptions) -> Iterator[Segment]:
 
 
 def format_of(source: Source, input_format: InputFormat) -> str:
-    """The format of one file: the one that was asked for, or the one its suffix tells.
+    """The format of one file: `input_format`, or with auto the format of its suffix.
 
     Raises:
-        DataError: the suffix tells nothing, or the format cannot be read this way.
+        DataError: the suffix is unknown, or standard input is to be read as Parquet.
     """
     if source.path == STDIN:
         if input_format == "parquet":
-            raise source.error("Parquet needs a file, it is not read from its beginning to its end")
+            raise source.error("Parquet cannot be read from standard input; give a file")
         return "jsonl" if input_format == "auto" else input_format
     if input_format != "auto":
         return input_format
@@ -143,13 +143,13 @@ def format_of(source: Source, input_format: InputFormat) -> str:
     known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
     raise source.error(
         f"cannot tell its format from its name; give --input-format jsonl, text or parquet (known "
-        f"without it: {known}, and with {', '.join(MAGIC)} behind)"
+        f"suffixes: {known}, each optionally followed by {', '.join(MAGIC)})"
     )
 
 
 def _read_lines(source: Source, max_document_bytes: int) -> Iterator[Segment]:
-    """Blocks of whole lines. A line over the limit is not kept, and has a segment of its own."""
-    begun: list[bytes] = []  # the line that no piece has ended yet
+    """Blocks of whole lines. A line over the limit is dropped and becomes a segment too_long."""
+    begun: list[bytes] = []  # start of a line that continues in the next piece
     size = 0
     line = 1
     is_dropped = False
@@ -179,7 +179,7 @@ def _read_lines(source: Source, max_document_bytes: int) -> Iterator[Segment]:
 
 
 def _read_paragraphs(source: Source, max_document_bytes: int) -> Iterator[Segment]:
-    """A document per run of lines that are not blank."""
+    """One document per block of non-blank lines."""
     block: list[bytes] = []
     size = first = 0
     is_dropped = False
@@ -211,7 +211,7 @@ def _read_paragraphs(source: Source, max_document_bytes: int) -> Iterator[Segmen
 
 
 def _read_whole(source: Source, max_document_bytes: int) -> Segment:
-    """The file as one document. One over the limit is read to its end for the digest, not kept."""
+    """The file as one document. Over the limit it is read only for its digest and dropped."""
     kept: list[bytes] = []
     size = 0
     for piece in source.pieces():
@@ -241,21 +241,25 @@ def _read_table(source: Source, keys: tuple[str, ...]) -> Iterator[Segment]:
                 rows = [tuple(zip(present, row, strict=True)) for row in zip(*columns, strict=True)]
                 yield Segment("rows", source.name, line, rows)
                 line += len(rows)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns too
-        raise source.error(f"damaged or not a Parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # also of column names
+        raise source.error(
+            f"damaged or not a Parquet file ({error}); copy or download it again"
+        ) from None
     if line - 1 != num_rows:
-        raise source.error(f"{line - 1} rows were read, but it says it has {num_rows}")
+        raise source.error(
+            f"has {line - 1} rows, but its metadata says {num_rows}; copy or download it again"
+        )
 
 
 def _rows_without_text(source: Source, num_rows: int) -> Iterator[Segment]:
-    """Rows of a table that has none of the columns: each of them is refused later."""
+    """Empty rows of a table that has none of the columns; each is rejected later."""
     for start in range(0, num_rows, ROWS_AT_ONCE):
         rows: list[Row] = [()] * min(ROWS_AT_ONCE, num_rows - start)
         yield Segment("rows", source.name, start + 1, rows)
 
 
 def _text_of(column: pyarrow.Array) -> list[Any]:
-    """A column's values as `Row` has them."""
+    """A column's values as stored in `Row`."""
     kind = column.type
     if pyarrow.types.is_dictionary(kind):
         column = column.dictionary_decode()

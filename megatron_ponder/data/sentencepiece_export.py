@@ -1,8 +1,8 @@
-"""A SentencePiece model as a Hugging Face tokenizer: the same pieces, ids and segmentation.
+"""Exports a SentencePiece model as a Hugging Face tokenizer with the same pieces and ids.
 
-Written for models as tools/train_tokenizer.py makes them: no normalisation, no blank put in front,
-bytes for what the vocabulary lacks. Control pieces are not found in text, as in SentencePiece;
-transformers adds the end token on top of that when it loads the folder. Left out: chat templates.
+For models as tools/train_tokenizer.py trains them: no normalisation, no dummy prefix, byte
+fallback. As in SentencePiece, control pieces are not recognised in text; transformers, however,
+recognises the end token once it has loaded the folder. Not covered: chat templates.
 """
 
 import json
@@ -22,9 +22,9 @@ from megatron_ponder.errors import DataError
 logger = logging.getLogger(__name__)
 
 BLANK = "\u2581"
-"""How SentencePiece writes a blank."""
+"""SentencePiece's symbol for a space."""
 NEVER = -1e6
-"""Log probability of pieces that are not to be found in text."""
+"""Log probability of pieces that must not be recognised in text."""
 MAX_TEXTS_COMPARED = 2000
 
 
@@ -33,12 +33,12 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
 
     Args:
         model_file: the SentencePiece model.
-        folder: to write into; created where it is missing.
-        texts: on which both must give the same ids, or (unigram) ids that are as likely: where two
-            segmentations are, each library takes another one. That is told.
+        folder: destination; created if missing.
+        texts: texts on which both must give the same ids. With a unigram model two segmentations
+            can be equally likely and the libraries may differ; this is logged as a warning.
 
     Raises:
-        DataError: the model cannot be exported, or the ids differ.
+        DataError: the ids differ.
     """
     model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     exported = to_tokenizers(model)
@@ -50,12 +50,12 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
         num_ties += 1
         if model.decode(theirs) != text or not _is_as_likely(model, ours, theirs):
             raise DataError(
-                f"{model_file}: cannot be exported: a Hugging Face tokenizer gives other ids, for "
-                f"example in {text[:80]!r}. Use the .model file itself."
+                f"{model_file}: cannot be exported: the Hugging Face tokenizer gives other ids, "
+                f"for example for {text[:80]!r}. Leave out --hf-output and use the .model file."
             )
     if num_ties:
         logger.warning(
-            "%s: in %d of %d texts Hugging Face takes another segmentation of the same likelihood",
+            "%s: in %d of %d texts Hugging Face chooses another, equally likely segmentation",
             folder,
             num_ties,
             min(len(texts), MAX_TEXTS_COMPARED),
@@ -65,7 +65,7 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
     end = model.id_to_piece(model.eos_id())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # In training a document follows the end of another, and no piece of its own begins it.
+        # Training has no begin token: each document follows the end token of the previous one.
         "bos_token": end,
         "eos_token": end,
         "pad_token": end,
@@ -76,12 +76,13 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
 
 
 def to_tokenizers(model: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
-    """The same segmentation by the tokenizers library."""
+    """The equivalent tokenizer of the tokenizers library."""
     pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
     scores = [model.get_score(number) for number in range(model.vocab_size())]
     built: Any
     if _is_unigram(model, scores):
-        # SentencePiece finds only normal pieces in text; here all are, unless they are unlikely.
+        # SentencePiece recognises only normal pieces in text. The tokenizers library recognises
+        # all, so the others get a prohibitively low score.
         vocabulary = [
             (piece, score if _is_normal(model, number) else NEVER)
             for number, (piece, score) in enumerate(zip(pieces, scores, strict=True))
@@ -98,7 +99,7 @@ def to_tokenizers(model: sentencepiece.SentencePieceProcessor) -> tokenizers.Tok
     exported = tokenizers.Tokenizer(built)
     exported.normalizer = normalizers.Replace(" ", BLANK)
     if not any(BLANK in piece.lstrip(BLANK) for piece in pieces):
-        # No piece goes on behind a blank, so that words can be segmented (and cached) one by one.
+        # No piece spans a space, so words can be segmented (and cached) one by one.
         exported.pre_tokenizer = pre_tokenizers.Split(
             Regex(f"{BLANK}*[^{BLANK}]+|{BLANK}+"), behavior="isolated"
         )
@@ -120,12 +121,12 @@ def _is_as_likely(
 
 
 def _is_normal(model: sentencepiece.SentencePieceProcessor, number: int) -> bool:
-    """Whether a piece stands for text."""
+    """Whether a piece represents text."""
     return not (model.is_control(number) or model.is_byte(number) or model.is_unknown(number))
 
 
 def _is_unigram(model: sentencepiece.SentencePieceProcessor, scores: Sequence[float]) -> bool:
-    """BPE scores are the negative rank of the merge; those of unigram are log probabilities."""
+    """Whether scores are log probabilities (unigram), not negative merge ranks (BPE)."""
     normal = [score for number, score in enumerate(scores) if _is_normal(model, number)]
     return any(score != int(score) for score in normal)
 
@@ -133,7 +134,7 @@ def _is_unigram(model: sentencepiece.SentencePieceProcessor, scores: Sequence[fl
 def _merges(
     model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Every way to put a piece together from two others, best pieces first."""
+    """Every split of a piece into two others, best pieces first."""
     numbers = {piece: number for number, piece in enumerate(pieces) if _is_normal(model, number)}
     for piece in sorted(numbers, key=lambda p: -model.get_score(numbers[p])):
         splits: Iterable[tuple[str, str]] = (
@@ -145,7 +146,7 @@ def _merges(
 
 
 def _write(path: Path, content: str) -> None:
-    """Write a file in one go."""
+    """Write a file atomically."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     unfinished.write_text(content, encoding="utf-8")
     os.replace(unfinished, path)

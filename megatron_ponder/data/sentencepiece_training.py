@@ -1,7 +1,7 @@
-"""Trains a SentencePiece tokenizer that loses nothing: decode(encode(text)) == text.
+"""Trains a lossless SentencePiece tokenizer: decode(encode(text)) == text.
 
-No normalisation, no white space removed or added, bytes for what the vocabulary lacks. Python code,
-tables and any language survive.
+No normalisation, no white space removed or added, byte fallback for characters outside the
+vocabulary. So source code, tables and text in any language are preserved.
 """
 
 import dataclasses
@@ -31,62 +31,62 @@ from megatron_ponder.errors import DataError
 logger = logging.getLogger(__name__)
 
 PAUSE_ID = 1
-"""Of the piece for the method pause, where one is reserved: the unused begin of sequences."""
+"""Id of the pause piece, if one is reserved: that of the unused begin-of-sequence piece."""
 
 MAX_PIECE_BYTES = 4096
-"""SentencePiece trains on short texts; documents are cut at line ends into pieces up to this."""
+"""SentencePiece trains on short texts: documents are cut at line ends into pieces of this size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerTrainingConfig:
-    """What to train on, and what to train."""
+    """Flags of tools/train_tokenizer.py."""
 
     input: tuple[str, ...]
-    """Files, folders or globs, or - for standard input: JSON Lines, plain text or Parquet, plain or
+    """Files, folders, globs, or - for standard input. JSON Lines, plain text or Parquet; plain or
     compressed (.gz .zst .bz2 .xz)."""
     output: str
     """The .model file to write."""
     vocab_size: int = 32000
-    """Number of pieces, bytes and control pieces included."""
+    """Number of pieces, including byte and control pieces."""
     model_type: Literal["bpe", "unigram"] = "bpe"
-    """Kind of segmentation."""
+    """Segmentation algorithm."""
     json_key: str = "text"
-    """Key of the text in each JSON object."""
+    """Key of the text in each JSON object (column, in Parquet)."""
     input_format: InputFormat = "auto"
     """auto: by suffix (.jsonl .json .ndjson, .txt .text .md .rst, .parquet)."""
     max_train_bytes: int = 200_000_000
-    """Train on a sample of this much text, drawn evenly from all of the input; the trainer keeps it
-    in memory."""
+    """Size in bytes of the training text: an even sample of the whole input, which the trainer
+    holds in memory."""
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
-    """Longer documents are rejected."""
+    """Reject longer documents, in bytes."""
     max_rejected: int = 0
-    """Go on as long as no more documents than this cannot be read; they are told and left out."""
+    """Stop if more documents than this are invalid. Each is logged and left out."""
     hf_output: str | None = None
-    """Folder to write the same tokenizer into for Hugging Face: tokenizer.json and its config."""
+    """Also export the tokenizer for Hugging Face (tokenizer.json and its config) to this folder."""
     character_coverage: float = 0.9995
-    """Share of characters that get pieces of their own; the rest are spelt in bytes."""
+    """Fraction of characters that get their own pieces; the rest are spelt as bytes."""
     num_threads: int = os.cpu_count() or 1
-    """Threads of the trainer."""
+    """Threads of the trainer; by default one per core."""
     pause_piece: str | None = None
-    """Reserve a piece of this name, which no text gives, for the method pause. It takes the place
-    of the begin-of-sequence piece (id 1), which nothing here uses; no other id changes."""
+    """Reserve a piece of this name for the method pause; no text is tokenized into it. It replaces
+    the unused begin-of-sequence piece (id 1); no other id changes."""
     seed: int = 1234
-    """Of the sample."""
+    """Seed of the sample."""
     overwrite: bool = False
-    """Replace output that exists."""
+    """Replace existing output."""
 
 
 def train_sentencepiece(config: TokenizerTrainingConfig) -> None:
     """Train and write the model.
 
     Raises:
-        DataError: the input cannot be read or is too little for the vocabulary; the output exists.
+        DataError: the input cannot be read or is too small for the vocabulary; the output exists.
     """
     output = Path(config.output)
     exported = Path(config.hf_output) / "tokenizer.json" if config.hf_output else None
     for file in (output, exported):
         if file is not None and file.exists() and not config.overwrite:
-            raise DataError(f"{file} exists already; give --overwrite to replace it.")
+            raise DataError(f"{file}: exists already; give --overwrite to replace it.")
     texts = sample_texts(config)
     logger.info("training %d %s pieces ...", config.vocab_size, config.model_type)
     sentencepiece.set_random_generator_seed(config.seed)
@@ -127,13 +127,13 @@ def train_sentencepiece(config: TokenizerTrainingConfig) -> None:
 
 
 def sample_texts(config: TokenizerTrainingConfig) -> list[str]:
-    """Short texts of all documents, or an even sample of them that is within the budget.
+    """Short texts of all documents, or an even sample of at most `max_train_bytes`.
 
-    Each text draws a number from the seed and its place, and the smallest ones stay: the sample is
-    the same in every run. They keep the order of the input.
+    Each text gets a hash of the seed and its index, and those with the smallest hashes are kept. So
+    the sample is the same in every run. Texts keep the order of the input.
 
     Raises:
-        DataError: the input cannot be read, or too many documents.
+        DataError: the input cannot be read, or too many documents are invalid.
     """
     kept: list[tuple[int, int, int, str]] = []  # a heap, the largest number first
     num_bytes = number = 0
@@ -147,7 +147,9 @@ def sample_texts(config: TokenizerTrainingConfig) -> list[str]:
             while num_bytes > config.max_train_bytes and len(kept) > 1:
                 num_bytes -= heapq.heappop(kept)[2]
     if len(kept) < number:
-        logger.info("training on a sample: %d of %d texts, %d bytes", len(kept), number, num_bytes)
+        logger.info(
+            "training on a sample of %d of %d texts, %d bytes", len(kept), number, num_bytes
+        )
     return [piece for _, _, _, piece in sorted(kept, key=lambda entry: entry[1])]
 
 
@@ -180,7 +182,7 @@ def _text(document: RawDocument | DocumentError, key: str) -> str:
     """A document's text.
 
     Raises:
-        DocumentError: it has none.
+        DocumentError: the document is invalid or has no text.
     """
     if isinstance(document, DocumentError):
         raise document
@@ -188,7 +190,7 @@ def _text(document: RawDocument | DocumentError, key: str) -> str:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Pieces of at most MAX_PIECE_BYTES, at line ends where there are any."""
+    """Pieces of at most MAX_PIECE_BYTES, cut at line ends where possible."""
     piece = ""
     # A character has at most four bytes.
     limit = MAX_PIECE_BYTES // 4

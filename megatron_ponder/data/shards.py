@@ -1,11 +1,11 @@
-"""A chunk's documents, tokenized: the file that a worker writes, and that a resumed run reuses.
+"""Shards: the tokenized documents of one chunk, written by a worker and reused by a resumed run.
 
     magic, length of the header (uint64), header (JSON), then for each stream
-    the documents' lengths (int32) and their ids one behind the other
+    the lengths of the documents (int32) and their concatenated ids
 
-The header says which content it was made of (SHA-256 of the chunk) and has a checksum of what
-follows it, so that a shard that was cut short or belongs to other input is never reused. Shards are
-written under another name and renamed.
+The header holds the SHA-256 of the chunk and a checksum of the data after it. So a shard that is
+truncated or belongs to other input is never reused. Shards are written to a temporary name and
+renamed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from megatron_ponder.errors import DataError
 MAGIC = b"PONDERSHARD1"
 HEADER = struct.Struct("<12sQ")
 BATCH_BYTES = 1 << 19
-"""Text that is tokenized at once."""
+"""Bytes of text tokenized at once."""
 COPY_BYTES = 1 << 22
 LONGEST_DOCUMENT_TOKENS = (1 << 31) - 1
 """Lengths are int32 in the format."""
@@ -35,7 +35,7 @@ LONGEST_DOCUMENT_TOKENS = (1 << 31) - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardHeader:
-    """What is in a shard."""
+    """Header of a shard."""
 
     chunk_sha256: str
     num_read: int
@@ -44,20 +44,20 @@ class ShardHeader:
     rejected: list[dict[str, Any]]
     """Lines for PREFIX.rejected.jsonl. read = written + rejected."""
     num_tokens: dict[str, int]
-    """By stream."""
+    """Tokens by stream."""
     checksum: int
-    """CRC-32 of everything behind the header."""
+    """CRC-32 of everything after the header."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A shard on disk that was found whole."""
+    """A complete shard on disk."""
 
     path: Path
     header: ShardHeader
     streams: Sequence[Stream]
     begin: int
-    """Where the first stream begins in the file."""
+    """Offset of the first stream in the file."""
 
     @property
     def num_documents(self) -> int:
@@ -71,19 +71,19 @@ class Shard:
             return numpy.fromfile(file, "<i4", self.num_documents)
 
     def pieces(self, stream: Stream) -> Iterator[bytes]:
-        """The ids as they are stored."""
+        """The stored ids, in pieces."""
         left = self.header.num_tokens[stream.name] * numpy.dtype(stream.dtype).itemsize
         with self.path.open("rb") as file:
             file.seek(self._offset(list(self.streams).index(stream)) + 4 * self.num_documents)
             while left:
                 piece = file.read(min(COPY_BYTES, left))
                 if not piece:
-                    raise DataError(f"{self.path}: ends early. Run the same command again.")
+                    raise DataError(f"{self.path}: ends early. Repeat the same command.")
                 left -= len(piece)
                 yield piece
 
     def _offset(self, count: int) -> int:
-        """Where the stream of that number begins in the file, or ends the one before it."""
+        """Offset in the file at which the first `count` streams end."""
         offset = self.begin
         for stream in self.streams[:count]:
             num_tokens = self.header.num_tokens[stream.name]
@@ -91,7 +91,7 @@ class Shard:
         return offset
 
     def is_whole(self) -> bool:
-        """Whether size and checksum are those of the header."""
+        """Whether size and checksum match the header."""
         if self.path.stat().st_size != self._offset(len(self.streams)):
             return False
         checksum = 0
@@ -129,8 +129,8 @@ def write_shard(path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: 
         lengths = numpy.array([len(array) for array in column], "<i8")
         if lengths.size and lengths.max() > LONGEST_DOCUMENT_TOKENS:
             raise DataError(
-                f"a document has {lengths.max()} tokens, the format holds "
-                f"{LONGEST_DOCUMENT_TOKENS}; give a smaller --max-document-bytes."
+                f"a document has {lengths.max()} tokens, but the format allows only "
+                f"{LONGEST_DOCUMENT_TOKENS}; lower --max-document-bytes to reject it."
             )
         data = numpy.concatenate(column) if column else numpy.empty(0, stream.dtype)
         sections += [lengths.astype("<i4"), data]
@@ -158,7 +158,7 @@ def write_shard(path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: 
 
 
 def read_shard(path: Path, streams: Sequence[Stream]) -> Shard | None:
-    """The shard at `path`; None where there is none, or a damaged one."""
+    """The shard at `path`; None if it is missing or damaged."""
     try:
         with path.open("rb") as file:
             magic, size = HEADER.unpack(file.read(HEADER.size))
@@ -188,7 +188,7 @@ def _batches(
 
 
 def _num_bytes(document: RawDocument) -> int:
-    """Bytes of a document as they were read."""
+    """Uncompressed bytes of a document."""
     if isinstance(document.content, bytes):
         return len(document.content)
     return sum(len(value) for _, value in document.content if isinstance(value, bytes))

@@ -1,8 +1,8 @@
-"""Files of a corpus as streams of bytes: found, hashed while they are read, and decompressed.
+"""Finds the files of a corpus and streams their bytes, hashed and decompressed.
 
-Memory does not depend on a file's size, nor on what it unpacks to. A compressed file that ends
-early or has something else behind its end is refused: what is lost could not be counted. Left out:
-what the bytes mean (readers.py).
+Memory depends neither on the size of a file nor on its decompressed size. A compressed file that is
+truncated or has trailing data is refused, because the number of lost documents is unknown. Not
+covered: parsing (readers.py).
 """
 
 import bz2
@@ -24,34 +24,34 @@ from megatron_ponder.errors import DataError
 
 STDIN = Path("-")
 PIECE_BYTES = 1 << 20
-"""Bytes that are read at once, and wanted from a decompressor at once."""
+"""Bytes read, or decompressed, at once."""
 MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
-"""Suffixes of compressed files, and how their content begins."""
+"""Suffixes of compressed files and their first bytes."""
 
 
 @dataclasses.dataclass
 class Source:
-    """A file, or standard input, and what is known of it when it has been read."""
+    """A file or standard input, with the size and hash of what has been read."""
 
     path: Path
     num_bytes: int = 0
-    """Bytes read so far, as they are stored."""
+    """Stored bytes read so far."""
     digest: "hashlib._Hash" = dataclasses.field(default_factory=hashlib.sha256)
-    """SHA-256 of these bytes."""
+    """SHA-256 of the bytes read so far."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
         return "standard input" if self.path == STDIN else str(self.path)
 
     @property
     def suffix(self) -> str:
-        """What tells the format, without what tells the compression; lower case."""
+        """Suffix of the format, without that of the compression; lower case."""
         suffix = self.path.suffix.lower()
         return Path(self.path.stem).suffix.lower() if suffix in MAGIC else suffix
 
     def pieces(self) -> Iterator[bytes]:
-        """The content, decompressed, in pieces whose cuts depend on the content only.
+        """The decompressed content, in pieces whose boundaries depend only on the content.
 
         Raises:
             DataError: the file cannot be read, or its compression is damaged.
@@ -67,7 +67,7 @@ class Source:
         yield from self._decompressed(chained, suffix) if suffix else chained
 
     def hash_all(self) -> None:
-        """Read the file for its size and digest only."""
+        """Read the file only for its size and digest."""
         for _ in self._raw_pieces():
             pass
 
@@ -92,7 +92,7 @@ class Source:
         return self.path.open("rb")
 
     def _decompressed(self, raw: Iterator[bytes], suffix: str) -> Iterator[bytes]:
-        """The content of compressed streams that lie end to end."""
+        """The content of one or more concatenated compressed streams."""
         name = suffix[1:]
         try:
             yield from _unpack_zstd(raw) if suffix == ".zst" else _unpack(raw, suffix)
@@ -103,7 +103,7 @@ class Source:
 
 
 def _unpack_zstd(raw: Iterator[bytes]) -> Iterator[bytes]:
-    """By pyarrow, because it tells a stream that was cut short from one that has ended."""
+    """Decompress with pyarrow, which distinguishes a truncated stream from a complete one."""
     file = _PiecesFile(raw)
     if not file.peek():
         raise EOFError
@@ -112,14 +112,14 @@ def _unpack_zstd(raw: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _unpack(raw: Iterator[bytes], suffix: str) -> Iterator[bytes]:
-    """By the libraries of Python, which all have `eof` and `unused_data`."""
+    """Decompress with Python's modules, which all have `eof` and `unused_data`."""
     decompressor: Any = None
     is_first = True
     for piece in raw:
         while piece:
             if decompressor is None:
                 if not is_first and suffix == ".gz" and not (piece := piece.lstrip(b"\0")):
-                    break  # gzip allows zeros behind its end, for tapes
+                    break  # gzip allows trailing zeros, for tapes
                 decompressor = DECOMPRESSORS[suffix]()
             is_first = False
             yield from _outputs(decompressor, piece)
@@ -131,18 +131,18 @@ def _unpack(raw: Iterator[bytes], suffix: str) -> Iterator[bytes]:
 
 
 class _PiecesFile(io.RawIOBase):
-    """Pieces as a file to read from."""
+    """A readable file made of pieces."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._rest = b""
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def peek(self) -> bytes:
-        """What comes next; empty at the end."""
+        """The next bytes; empty at the end."""
         self._rest = self._rest or next(self._pieces, b"")
         return self._rest
 
@@ -162,10 +162,10 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files, folders (every file below, sorted) and globs, as files in order; "-" is stdin.
+    """Expand folders (every file below, sorted) and globs into files, in order; "-" is stdin.
 
     Raises:
-        DataError: something matches nothing, or standard input is named twice.
+        DataError: an entry matches no file, or standard input is given twice.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -180,7 +180,9 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
             found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
             found = [p for p in found if p.is_file()]
         if not found:
-            raise DataError(f"--input {pattern}: no such file, and nothing matches it.")
+            raise DataError(
+                f"--input {pattern}: no such file, and nothing matches it as a pattern."
+            )
         files += found
     if files.count(STDIN) > 1:
         raise DataError("--input - can be given once only: standard input is read once.")
@@ -188,19 +190,19 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
 
 
 def total_bytes(files: Sequence[Path]) -> int | None:
-    """Stored bytes of all files; None with standard input, whose size nobody knows."""
+    """Stored bytes of all files; None with standard input, whose size is unknown."""
     if STDIN in files:
         return None
     return sum(file.stat().st_size for file in files)
 
 
 def _outputs(decompressor: Any, data: bytes) -> Iterator[bytes]:
-    """What comes out for `data`, in pieces of bounded size."""
+    """Decompress `data` into pieces of bounded size."""
     while True:
         output = decompressor.decompress(data, PIECE_BYTES)
         if output:
             yield output
-        # zlib hands back what it had no room for; bz2 and lzma keep it, and say so.
+        # zlib returns unprocessed input; bz2 and lzma buffer it and report that.
         data = getattr(decompressor, "unconsumed_tail", b"")
         is_waiting = getattr(decompressor, "needs_input", len(output) < PIECE_BYTES and not data)
         if decompressor.eof or is_waiting:
@@ -208,7 +210,7 @@ def _outputs(decompressor: Any, data: bytes) -> Iterator[bytes]:
 
 
 def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """A piece that was looked at, and those behind it."""
+    """Put a piece back in front of the rest."""
     if first:
         yield first
     yield from rest

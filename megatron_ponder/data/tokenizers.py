@@ -1,7 +1,7 @@
 """Tokenizers behind one interface: SentencePiece, Hugging Face `tokenizers`, tiktoken, or none.
 
-Imports no torch, so that preprocessing workers start quickly. The attributes are those that
-megatron-core's datasets ask for. Left out: chat templates, and anything that needs remote code.
+Imports no torch, so preprocessing workers start quickly. The attributes are those that
+megatron-core's datasets use. Not covered: chat templates, and tokenizers that need remote code.
 """
 
 import abc
@@ -20,20 +20,20 @@ COMMON_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back."""
+    """Converts text to ids and back."""
 
     vocab_size: int
-    """Ids are below this."""
+    """All ids are below this."""
     eod: int
-    """Id that ends a document."""
+    """Id of the end of a document."""
     pad: int = -1
-    """No id is padding: sequences are packed."""
+    """No padding id: sequences are packed."""
     unique_identifiers: dict[str, str]
-    """What tells this tokenizer from others, by content (megatron-core keys index caches by it)."""
+    """Identifies the tokenizer by content; megatron-core keys its index caches by it."""
 
     @abc.abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, without any that mark its begin or end."""
+        """Ids of a text, without begin or end ids."""
 
     @abc.abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -52,7 +52,7 @@ def build_tokenizer(config: DataConfig, vocab_size: int | None = None) -> Tokeni
         vocab_size: needed by NullTokenizer only.
 
     Raises:
-        DataError: the model is missing or is not what the type says.
+        DataError: the model is missing, or is not of the given type.
     """
     if config.tokenizer_type == "NullTokenizer":
         return NullTokenizer(vocab_size)
@@ -73,7 +73,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         try:
-            # One thread: who wants more speed starts more workers.
+            # One thread per process: preprocessing scales with workers.
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path), num_threads=1)
         except (RuntimeError, OSError) as error:
             raise DataError(
@@ -83,7 +83,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.eod = self._model.eos_id()
         if self.eod < 0:
-            raise DataError(f"--tokenizer-model {path}: the model has no end-of-sequence piece.")
+            raise DataError(
+                f"--tokenizer-model {path}: the model has no end-of-sequence piece. Use one "
+                "that has, such as those of tools/train_tokenizer.py."
+            )
         self.unique_identifiers = _identifiers("SentencePieceTokenizer", path)
 
     def tokenize(self, text: str) -> list[int]:
@@ -103,7 +106,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizers JSON file, or a folder with tokenizer.json (and tokenizer_config.json)."""
+    """A tokenizer.json file, or a folder with one (and optionally tokenizer_config.json)."""
 
     def __init__(self, path: Path) -> None:
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -132,7 +135,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._model.decode(list(ids), skip_special_tokens=False)
 
     def _find_end_token(self, file: Path) -> int:
-        """The id of tokenizer_config.json's eos_token, or of a common name for it."""
+        """The id of eos_token in tokenizer_config.json, or else of a common end token."""
         names = list(COMMON_END_TOKENS)
         config_file = file.parent / "tokenizer_config.json"
         if config_file.exists():
@@ -143,17 +146,17 @@ class HuggingFaceTokenizer(Tokenizer):
             if (token := self._model.token_to_id(name)) is not None:
                 return token
         raise DataError(
-            f"--tokenizer-model {file}: no token that ends documents. Name it as eos_token in "
-            f"{config_file.name} beside it."
+            f"--tokenizer-model {file}: no token that ends documents. Name one as eos_token in "
+            f"{config_file.name} in the same folder."
         )
 
 
 class TikTokenizer(Tokenizer):
     """A tiktoken vocabulary, described by a JSON file.
 
-    Its keys: `ranks`, a .tiktoken file (bytes in base64 and a rank per line), relative to it;
-    `pattern`, the regular expression that cuts text into words; `special_tokens`, ids by name;
-    and, unless it has a common name, `eos_token`, the one of them that ends documents.
+    Its keys are `ranks`, the relative path of a .tiktoken file (base64 bytes and a rank per line);
+    `pattern`, the regular expression that splits text into words; `special_tokens`, ids by name;
+    and `eos_token`, the special token that ends documents, needed unless it has a common name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -176,8 +179,8 @@ class TikTokenizer(Tokenizer):
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"--tokenizer-model {path}: no description of a tiktoken vocabulary ({error!r}); "
-                "it is a JSON object with ranks, pattern and special_tokens."
+                f"--tokenizer-model {path}: not a description of a tiktoken vocabulary "
+                f"({error!r}). Give a JSON object with ranks, pattern and special_tokens."
             ) from None
         names = [described.get("eos_token"), *COMMON_END_TOKENS]
         found = next((name for name in names if name in special_tokens), None)
@@ -196,7 +199,7 @@ class TikTokenizer(Tokenizer):
         }
 
     def tokenize(self, text: str) -> list[int]:
-        """See Tokenizer. Special tokens in a text are text."""
+        """See Tokenizer. Special tokens are treated as ordinary text."""
         return self._model.encode_ordinary(text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -206,7 +209,7 @@ class TikTokenizer(Tokenizer):
 
 
 class NullTokenizer(Tokenizer):
-    """Text that is ids already, separated by blanks; the last id ends documents."""
+    """Text that consists of ids separated by spaces; the last id ends documents."""
 
     def __init__(self, vocab_size: int | None) -> None:
         if vocab_size is None:
@@ -219,7 +222,7 @@ class NullTokenizer(Tokenizer):
         """See Tokenizer.
 
         Raises:
-            DataError: something is not an id.
+            DataError: a part of the text is not an id.
         """
         try:
             ids = [int(part) for part in text.split()]
@@ -235,5 +238,5 @@ class NullTokenizer(Tokenizer):
 
 
 def _identifiers(kind: str, file: Path) -> dict[str, str]:
-    """Kind and content hash: a moved file is the same tokenizer, a changed one is not."""
+    """Kind and content hash, independent of the path of the file."""
     return {"class": kind, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

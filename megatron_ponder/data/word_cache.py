@@ -1,10 +1,10 @@
-"""The ids of a SentencePiece BPE model, up to twice as fast: each word is tokenized once.
+"""Caches the ids of words for SentencePiece BPE models; up to twice as fast.
 
-A merge never reaches over a blank if no piece does, so that a text can be cut in front of runs of
-blanks and each part be tokenized by itself, or looked up. That is exact only where nothing else
-looks at the whole text: `word_cached` checks it in the model and refuses others. Unigram models are
-among them, whose sums of likelihoods round differently over a whole text. Left out: other kinds of
-tokenizers (Hugging Face's has a cache of its own).
+If no piece spans a space, no BPE merge does either. Text can then be split before runs of spaces,
+and each part tokenized separately, or looked up. This is exact only if nothing else in the model
+depends on the whole text: `word_cached` checks that and refuses other models. It refuses unigram
+models because their sums of log probabilities round differently over a whole text. Not covered:
+other tokenizers (that of Hugging Face has its own cache).
 """
 
 import itertools
@@ -19,22 +19,22 @@ BLANK = "\u2581"
 WORD = re.compile(r" *[^ ]+| +")
 LONGEST_CACHED_CHARS = 48
 MAX_WORDS = 1 << 20
-"""Words that are kept; then the cache starts afresh. About 200 MB."""
+"""Maximum number of cached words (about 200 MB); then the cache is cleared."""
 BPE_MODEL, USER_DEFINED_PIECE = 2, 4
 
 
 def word_cached(tokenizer: Tokenizer, model_file: Path) -> Tokenizer:
-    """A tokenizer with the same ids that remembers words.
+    """Wrap a tokenizer with a cache of words; the ids are the same.
 
     Args:
-        tokenizer: to be made faster.
+        tokenizer: the tokenizer to wrap.
         model_file: its model.
 
     Raises:
-        DataError: the ids could differ.
+        DataError: the ids might differ.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):
-        raise DataError("--word-cache is for SentencePiece models; leave it out.")
+        raise DataError("--word-cache is only for SentencePiece models; leave it out.")
     problem = next(_problems(model_file.read_bytes()), None)
     if problem is not None:
         raise DataError(f"--word-cache cannot be used with {model_file}: {problem}. Leave it out.")
@@ -42,7 +42,7 @@ def word_cached(tokenizer: Tokenizer, model_file: Path) -> Tokenizer:
 
 
 class _WordCachedTokenizer(Tokenizer):
-    """Looks words up."""
+    """Tokenizes word by word, with a cache."""
 
     def __init__(self, inner: SentencePieceTokenizer) -> None:
         self._inner = inner
@@ -54,7 +54,7 @@ class _WordCachedTokenizer(Tokenizer):
         """See Tokenizer."""
         if len(self._words) > MAX_WORDS:
             self._words.clear()
-        # A blank that the text spells as SentencePiece does is one for SentencePiece too.
+        # SentencePiece treats its space symbol in a text as a space.
         words = WORD.findall(text.replace(BLANK, " "))
         return list(itertools.chain.from_iterable(map(self._words.__getitem__, words)))
 
@@ -64,7 +64,7 @@ class _WordCachedTokenizer(Tokenizer):
 
 
 class _Words(dict[str, list[int]]):
-    """Ids by word, tokenized when they are first asked for."""
+    """Ids by word, tokenized on first use."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -77,7 +77,7 @@ class _Words(dict[str, list[int]]):
 
 
 def _problems(model: bytes) -> Iterator[str]:
-    """What makes words depend on the text around them; fields of SentencePiece's ModelProto."""
+    """Why words depend on the text around them; reads fields of SentencePiece's ModelProto."""
     pieces: list[dict[int, int | bytes]] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -93,23 +93,23 @@ def _problems(model: bytes) -> Iterator[str]:
     if normalizer.get(2):
         yield "it normalises text"
     if normalizer.get(3, 1):
-        yield "it puts a blank in front of a text"
+        yield "it adds a dummy prefix"
     if normalizer.get(4, 1):
-        yield "it removes blanks"
+        yield "it removes extra white space"
     if not normalizer.get(5, 1):
-        yield "it does not escape blanks"
+        yield "it does not escape white space"
     if any(piece.get(3, 1) == USER_DEFINED_PIECE for piece in pieces):
-        yield "it has pieces that a user defined"
+        yield "it has user-defined pieces"
     texts = (text.decode() for piece in pieces if isinstance(text := piece.get(1), bytes))
     if any(BLANK in text.lstrip(BLANK) for text in texts):
-        yield "it has pieces that go on behind a blank"
+        yield "it has pieces that span a space"
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a protobuf message: number and value; fixed-width ones as bytes.
+    """Fields of a protobuf message as (number, value); fixed-width values as bytes.
 
     Raises:
-        DataError: it is none.
+        DataError: the message cannot be parsed.
     """
     place = 0
     try:
@@ -127,11 +127,13 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             yield tag >> 3, message[place : place + size]
             place += size
     except (IndexError, KeyError):
-        raise DataError("--word-cache: the model file is not understood; leave it out.") from None
+        raise DataError(
+            "--word-cache: the model file cannot be parsed; leave --word-cache out."
+        ) from None
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """A number at a place, and the place behind it."""
+    """The varint at a position, and the position after it."""
     number = shift = 0
     while True:
         byte = message[place]

@@ -1,12 +1,12 @@
-"""The folder of a preprocessing run that is not finished: its plan, its shards, and its lock.
+"""The working folder of an unfinished preprocessing run: plan, shards and lock.
 
-    .PREFIX.partial/lock            held as long as a process of the run lives
-    .PREFIX.partial/plan.json       input, options and tokenizer: what shards depend on
+    .PREFIX.partial/lock            held while any process of the run is alive
+    .PREFIX.partial/plan.json       input, options and tokenizer, on which the shards depend
     .PREFIX.partial/00000012.shard  finished chunks
-    .PREFIX.partial/publishing      the outputs are being put in their places
+    .PREFIX.partial/publishing      exists while outputs are being published
 
-Killing the run at any moment leaves a folder that the same command goes on from. A run with another
-plan starts afresh and says what differs.
+A run killed at any moment can be resumed from this folder by the same command. A run with another
+plan starts afresh and logs what differs.
 """
 
 import contextlib
@@ -26,37 +26,37 @@ from megatron_ponder.errors import DataError
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_S = 20.0
-"""Workers of a run that was killed need a moment to notice; they hold the lock until then."""
+"""Workers of a killed run hold the lock until they notice and exit."""
 SHARD_SUFFIX = ".shard"
 
 
 class WorkFolder:
-    """Files of an unfinished run; see `opened`."""
+    """The files of an unfinished run; see `opened`."""
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; nothing is created yet."""
+        """Set the path; nothing is created yet."""
         self.path = path
 
     def shard(self, index: int) -> Path:
-        """Where the shard of a chunk lies."""
+        """Path of the shard of a chunk."""
         return self.path / f"{index:08d}{SHARD_SUFFIX}"
 
     @property
     def has_shards(self) -> bool:
-        """Whether there is anything worth keeping."""
+        """Whether any chunk is finished."""
         return any(self.path.glob(f"*{SHARD_SUFFIX}"))
 
     @property
     def is_publishing(self) -> bool:
-        """Whether a run was stopped while it put outputs in their places."""
+        """Whether a run was interrupted while it published outputs."""
         return self._publishing.exists()
 
     def start_publishing(self) -> None:
-        """From here on outputs may be there that are this run's own."""
+        """Record that existing outputs may now be this run's own."""
         self._publishing.touch()
 
     def remove(self) -> None:
-        """Remove the folder; at no moment does it look like one to go on from."""
+        """Remove the folder; it is renamed first, so it never looks resumable."""
         removed = self.path.with_suffix(".removed")
         shutil.rmtree(removed, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
@@ -64,7 +64,7 @@ class WorkFolder:
         shutil.rmtree(removed, ignore_errors=True)
 
     def take_up(self, plan: dict[str, Any]) -> None:
-        """Keep what an earlier run with the same plan left; remove everything else."""
+        """Keep the shards of an earlier run with the same plan; remove everything else."""
         file = self.path / "plan.json"
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ class WorkFolder:
             if before is not None and self.has_shards:
                 changed = [name for name in plan if before.get(name) != plan[name]]
                 logger.info(
-                    "an interrupted run had other %s; its work is not used", ", ".join(changed)
+                    "not resuming an interrupted run: it had another %s", ", ".join(changed)
                 )
             for stale in self.path.iterdir():
                 if stale.name != "lock":
@@ -90,10 +90,10 @@ class WorkFolder:
 
 @contextlib.contextmanager
 def opened(prefix: Path) -> Iterator[WorkFolder]:
-    """The work folder of an output prefix, held by this process.
+    """The working folder of an output prefix, locked by this process.
 
     Raises:
-        DataError: another run holds it.
+        DataError: another run has locked it.
     """
     folder = WorkFolder(prefix.with_name(f".{prefix.name}.partial"))
     shutil.rmtree(folder.path.with_suffix(".removed"), ignore_errors=True)
@@ -107,14 +107,14 @@ def opened(prefix: Path) -> Iterator[WorkFolder]:
 
 
 def _locked(folder: Path, prefix: Path) -> IO[str]:
-    """The lock of the folder, which is created where it is missing."""
+    """Lock the folder; create it if missing."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that held it may have removed the folder in the meantime.
+            # The previous holder may have removed the folder in the meantime.
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
                 return lock
         except FileNotFoundError:
@@ -123,7 +123,7 @@ def _locked(folder: Path, prefix: Path) -> IO[str]:
             if time.monotonic() > deadline:
                 lock.close()
                 raise DataError(
-                    f"another run is writing {prefix}. Wait until it is done, or stop it."
+                    f"another run is writing {prefix}. Wait until it ends, or stop it."
                 ) from None
             time.sleep(0.1)
         lock.close()

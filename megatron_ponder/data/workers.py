@@ -1,6 +1,6 @@
-"""Processes that tokenize: each loads the tokenizer once, and ends when the main process does.
+"""Worker processes that tokenize. Each loads the tokenizer once and exits with the main process.
 
-Left out: what they work on (preprocess.py).
+Not covered: distributing the work (preprocess.py).
 """
 
 import concurrent.futures
@@ -27,18 +27,18 @@ EncoderFactory = Callable[[], Encoder]
 def tokenizing(
     num_workers: int, make_encoder: EncoderFactory, max_document_bytes: int
 ) -> Iterator[Submit]:
-    """Workers as long as the block lasts.
+    """Run workers for the duration of the block.
 
     Args:
-        num_workers: processes; 0 tokenizes in this process, when a chunk is submitted.
-        make_encoder: called once in every worker; can be pickled.
+        num_workers: number of processes; 0 tokenizes in this process, on submission.
+        make_encoder: called once in every worker; must be picklable.
         max_document_bytes: longer documents are rejected.
 
     Yields:
-        What starts the tokenization of a chunk into a shard at a path.
+        A function that submits a chunk, to be tokenized into a shard at a path.
 
     Raises:
-        DataError: a worker died, or the user interrupted; or what a worker raised.
+        DataError: a worker died or raised this, or the user interrupted.
     """
     if num_workers == 0:
         encoder = make_encoder()
@@ -46,7 +46,7 @@ def tokenizing(
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         num_workers,
-        # Forked workers have the libraries at once; elsewhere forking is not safe.
+        # Forked workers need not import the libraries; elsewhere than on Linux fork is unsafe.
         multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"),
         initializer=_start_worker,
         initargs=(make_encoder, max_document_bytes),
@@ -55,11 +55,11 @@ def tokenizing(
         yield lambda path, chunk: pool.submit(_write, path, chunk)
     except concurrent.futures.process.BrokenProcessPool:
         raise DataError(
-            "a tokenizing process died (out of memory?). The same command goes on from what is "
-            "done; give fewer --workers if it was memory."
+            "a tokenizing process died (out of memory?). Repeat the same command to resume; give "
+            "fewer --workers if memory ran out."
         ) from None
     except KeyboardInterrupt:
-        raise DataError("interrupted. The same command goes on from what is done.") from None
+        raise DataError("interrupted. Repeat the same command to resume.") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -67,7 +67,7 @@ def tokenizing(
 def _now(
     path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: int
 ) -> concurrent.futures.Future[ShardHeader]:
-    """Tokenize here; the result as a worker would give it."""
+    """Tokenize in this process; return a completed future."""
     future: concurrent.futures.Future[ShardHeader] = concurrent.futures.Future()
     future.set_result(write_shard(path, chunk, encoder, max_document_bytes))
     return future
@@ -77,10 +77,10 @@ _worker: tuple[Encoder, int]
 
 
 def _start_worker(make_encoder: EncoderFactory, max_document_bytes: int) -> None:
-    """Prepare a worker."""
+    """Initialise a worker."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one thread
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = make_encoder(), max_document_bytes
 
@@ -92,7 +92,7 @@ def _write(path: Path, chunk: Chunk) -> ShardHeader:
 
 
 def _end_with_parent() -> None:
-    """End this process when the main one is gone, however it went: nobody else would."""
+    """Exit when the main process is gone, however it ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

@@ -1,7 +1,7 @@
-"""What `tools/doctor.py` says: what was found, what a run would use here, and why not the rest.
+"""The report of `tools/doctor.py`: what is installed, what a run would use here, and why.
 
-Reports megatron-core's own defaults too, which it takes from what is installed and not from
-settings. Left out: whether a run's data and checkpoints are there.
+Also reports the defaults of megatron-core that depend on installed libraries, not on settings. Not
+covered: whether a run's data and checkpoints exist.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from megatron_ponder.runtime.backends import choose_backends, describe
 from megatron_ponder.runtime.capabilities import Capabilities, Library
 
 DEFAULTS = {
-    # what: module of megatron-core, name in it
+    # description: module of megatron-core, name in it
     "Adam": ("megatron.core.optimizer", "Adam"),
     "gradient clipping": ("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl"),
     "norms of its own specs": ("megatron.core.models.gpt.gpt_layer_specs", "LNImpl"),
@@ -25,18 +25,18 @@ DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """How to print."""
+    """Flags of tools/doctor.py."""
 
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 def diagnose(config: ResolvedConfig, found: Capabilities) -> dict[str, object]:
-    """Everything, as plain data.
+    """The whole report, as plain data.
 
     Args:
-        config: resolved; what a run asks for.
-        found: what there is.
+        config: resolved settings of a run.
+        found: what the machine has.
     """
     report: dict[str, object] = {
         "python": platform.python_version(),
@@ -56,10 +56,10 @@ def diagnose(config: ResolvedConfig, found: Capabilities) -> dict[str, object]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = [f"Python {report['python']}", "", "Found:"]
     lines += [f"  {name}: {what}" for name, what in report["found"].items()]
-    lines += ["", "megatron-core takes, from what is installed:"]
+    lines += ["", "Defaults of megatron-core, given what is installed:"]
     lines += [f"  {name}: {what}" for name, what in report["megatron_core_takes"].items()]
     if "refused" in report:
         lines += ["", f"A run with these settings would be refused: {report['refused']}"]
@@ -74,7 +74,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _found(found: Capabilities) -> dict[str, str]:
-    """Device and libraries, each with its version or what is wrong with it."""
+    """Device and libraries, each with its version or its problem."""
     device = found.device_name or "none; everything runs on the CPU"
     if found.compute_capability is not None:
         device += f", compute capability {'.'.join(map(str, found.compute_capability))}"
@@ -95,19 +95,19 @@ def _found(found: Capabilities) -> dict[str, str]:
 
 
 def _state(library: Library) -> str:
-    """Version, and what is wrong."""
+    """Version and problem of a library."""
     if library.version is None:
         return library.problem or "unknown"
     return library.version if library.problem is None else f"{library.version}, {library.problem}"
 
 
 def _interpreter(found: Capabilities) -> str:
-    """Whether Triton only pretends."""
+    """A note if Triton runs in its interpreter."""
     return ", in its interpreter (TRITON_INTERPRET is set)" if found.interprets_triton else ""
 
 
 def _defaults() -> Iterator[tuple[str, str]]:
-    """What megatron-core has bound its names to, by the module it comes from."""
+    """The implementations that megatron-core has bound its names to."""
     for what, (module_name, name) in DEFAULTS.items():
         value = vars(importlib.import_module(module_name)).get(name)
         if value is None:
@@ -118,7 +118,7 @@ def _defaults() -> Iterator[tuple[str, str]]:
 
 
 def _warnings(config: ResolvedConfig, found: Capabilities) -> Iterator[str]:
-    """What works and costs, or is not what one might think."""
+    """Notes about slow or unexpected choices."""
     if not found.has_cuda:
         yield (
             "there is no CUDA device. Training runs on the CPU with the reference implementation: "
@@ -127,9 +127,9 @@ def _warnings(config: ResolvedConfig, found: Capabilities) -> Iterator[str]:
         )
     if found.transformer_engine.is_usable:
         yield (
-            "TransformerEngine is installed: megatron-core takes its Adam and clipping whatever "
-            "--transformer-impl says, and the host waits for the gradient norm in every step. "
-            "torch's AdamW, taken without TransformerEngine and apex, does not need that."
+            "TransformerEngine is installed, so megatron-core uses its Adam and clipping whatever "
+            "--transformer-impl is. This costs a device synchronisation per step, for the gradient "
+            "norm. torch's AdamW, used without TransformerEngine and apex, avoids it."
         )
     if found.has_cuda and not config.training.bf16:
-        yield "this is what an fp32 run gets; add --bf16 for what a training run gets."
+        yield "this report is for an fp32 run; add --bf16 for a bf16 run."

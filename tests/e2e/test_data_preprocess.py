@@ -83,7 +83,7 @@ def test_killed_at_random_moments_and_started_again(
     folder = tmp_path / "0"
     num_killed = num_reused = 0
     deadline = time.monotonic() + 3 * TIMEOUT_S
-    # On a busy machine the first kills may come before there is anything to go on from.
+    # On a busy machine the first kills may come before there is anything to resume from.
     while num_killed < num_kills or (num_reused == 0 and time.monotonic() < deadline):
         folder = tmp_path / str(num_killed // 5)
         folder.mkdir(exist_ok=True)
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_work_to_go_on_from(corpus: Path, tokenizer: str, tmp_path
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 2 and b"The same command goes on" in err, err.decode()
+    assert process.returncode == 2 and b"Repeat the same command to resume" in err, err.decode()
     assert b"Traceback" not in err, err.decode()
     assert list(tmp_path.iterdir()) == [tmp_path / ".out.partial"]
 

@@ -69,7 +69,7 @@ def test_interrupted_resumed_and_run_again(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "The same command goes on from here" in output
+    assert process.returncode == 130 and "Repeat the same command to resume" in output
 
     output = finish(start(folder))
     assert "skipped" in output and "Traceback" not in output
@@ -86,8 +86,8 @@ def test_interrupted_resumed_and_run_again(tmp_path: Path) -> None:
     report = (folder / "report.txt").read_text()
     assert report.strip() in output
     for part in (
-        *("vanilla", "PonderLM-2", "compute/token", "bits/byte", "written by PonderLM-2"),
-        "read by transformers alone (PonderLlamaForCausalLM)",
+        *("vanilla", "PonderLM-2", "compute/token", "bits/byte", "sample of PonderLM-2"),
+        "evaluated with transformers alone (PonderLlamaForCausalLM)",
     ):
         assert part in report
     ours = json.loads((folder / "ponderlm2.evaluation.json").read_text())

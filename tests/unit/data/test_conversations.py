@@ -149,13 +149,13 @@ def test_repetitions_are_shuffled_anew_and_the_order_is_the_seeds(
     assert read(dataset(prefix, 12)) == read(once) != read(dataset(prefix, 12, seed=2))
 
 
-def test_a_conversation_longer_than_a_sequence_loses_its_end_and_is_told(
+def test_a_conversation_longer_than_a_sequence_is_truncated_with_a_warning(
     tmp_path: Path, tokenizer_model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     prefix = write(tmp_path, tokenizer_model, [{"prompt": "bak", "response": "dom " * 50}])
     (document,) = corpora.read_documents(prefix)
     packed = dataset(prefix, 1, seq_length=20)
-    assert "1 of 1 conversations are longer than a sequence" in caplog.text
+    assert "1 of 1 conversations are longer than --seq-length" in caplog.text
     assert packed[0]["tokens"].tolist() == document[:20]
     assert packed[0]["labels"].tolist() == document[1:21]
 

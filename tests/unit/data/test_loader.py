@@ -1,4 +1,4 @@
-"""The order of samples is one sequence, however ranks share it and wherever a run goes on."""
+"""Samples come in one order, whatever the number of ranks and wherever a run resumes."""
 
 import pytest
 import torch

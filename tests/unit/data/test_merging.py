@@ -101,7 +101,7 @@ def test_a_folder_and_what_is_refused(tmp_path: Path, tokenizer_model: str) -> N
     other = corpora.write_ids(tmp_path / "other", [[1]], vocab_size=50)
     (tmp_path / "empty").mkdir()
     for inputs, message in (
-        ((first, wide), "vocabularies of different size"),
+        ((first, wide), "different tokenizers"),
         ((first, other), "another tokenizer"),
         ((first, str(tmp_path / "none")), "no such file"),
         ((str(tmp_path / "empty"),), "no dataset"),

@@ -60,10 +60,10 @@ def test_the_same_files_and_shards_that_either_can_use(
     [
         ({"model_type": "unigram"}, "not a BPE model"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalises text"),
-        ({"add_dummy_prefix": True}, "blank in front"),
-        ({"remove_extra_whitespaces": True}, "removes blanks"),
-        ({"user_defined_symbols": ["b a"]}, "a user defined"),
-        ({"split_by_whitespace": False}, "go on behind a blank"),
+        ({"add_dummy_prefix": True}, "dummy prefix"),
+        ({"remove_extra_whitespaces": True}, "removes extra white space"),
+        ({"user_defined_symbols": ["b a"]}, "user-defined pieces"),
+        ({"split_by_whitespace": False}, "span a space"),
     ],
     ids=str,
 )

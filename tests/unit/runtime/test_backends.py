@@ -127,9 +127,9 @@ def test_bare_apex_is_harmless_beside_transformer_engine() -> None:
     choose(dataclasses.replace(H100, apex=BARE_APEX, transformer_engine=TE))
 
 
-def test_diagnosis_of_a_step_that_waits() -> None:
+def test_diagnosis_notes_the_device_synchronisation_of_transformer_engine() -> None:
     """With TransformerEngine's Adam the host reads the gradient norm; with torch's it does not."""
-    waits = "the host waits for the gradient norm"
+    waits = "a device synchronisation per step"
     assert waits not in as_text(diagnose(RunConfig(), H100))
     found = dataclasses.replace(H100, transformer_engine=TE)
     assert waits in as_text(diagnose(RunConfig(), found))
