@@ -41,6 +41,7 @@ setup(
             "types-tqdm",
             "types-psutil",
         ],
+        "mutation": ["cosmic-ray", "pytest-timeout"],
         "tiktoken": ["tiktoken"],
         "wandb": ["wandb"],
     },

@@ -1,0 +1,1 @@
+"""Mutation campaign; see __main__.py."""
