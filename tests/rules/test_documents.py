@@ -61,9 +61,9 @@ OPTIONS = (
     SamplingOptions,
 )
 OTHERS_FLAGS = frozenset(
-    # torchrun, docker, pip, tests.mutation, our entry points' own, the quickstart
+    # torchrun, docker, pip, mypy, tests.mutation, our entry points' own, the quickstart
     "nproc-per-node standalone nnodes redirects log-dir rdzv-endpoint target rm gpus ipc config "
-    "preset help folder fresh methods count all".split()
+    "preset help folder fresh methods count all strict".split()
 )
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
