@@ -1,1 +1,1 @@
-"""Tensor functions that the passes are made of, without communication and without state."""
+"""The tensor functions that a pass calls. They do not communicate and keep no state."""

@@ -1,17 +1,17 @@
-"""Cross entropy over some columns of the vocabulary: what a rank can say of its logits alone.
+"""Cross entropy over one rank's columns of the vocabulary, before any communication.
 
-For a row of logits x over the columns that this rank has, with the label's column y:
+For a row of logits x over this rank's columns, with the label in column y:
 
     statistics   m = max_v x_v;   z = sum_v exp(x_v - m);   t = x_y, or 0 if another rank has y
     gradient     dx_v = g (exp(x_v - lse) - [v = y])        0 in padded columns
 
-Over all ranks lse = M + log sum_r z_r exp(m_r - M), M = max_r m_r, and the loss is lse - sum_r t_r;
-that, and the product which makes the logits, is `model.linear_cross_entropy`'s. All in fp32,
-whatever the logits' dtype; the gradient overwrites the logits.
+Over all ranks lse = M + log sum_r z_r exp(m_r - M), M = max_r m_r, and the loss is lse - sum_r t_r.
+`model.linear_cross_entropy` computes these, and the head matmul. The arithmetic is fp32 for any
+dtype of the logits. The gradient overwrites the logits.
 
-In memory traffic per logit of e bytes: statistics e, gradient 2 e. Composed by torch in fp32, as
-megatron-core does, it is 52 bytes in bf16 (cast, maximum, difference, exponential, sum, quotient;
-then gradient and cast).
+Memory traffic per logit of e bytes: statistics e, gradient 2 e. The same composed from torch
+operations in fp32, as in megatron-core, moves 52 bytes in bf16 (cast, maximum, difference,
+exponential, sum, quotient; then gradient and cast).
 """
 
 import torch
@@ -24,17 +24,18 @@ def row_statistics_(logits: Tensor, labels: Tensor, num_columns: int) -> Tensor:
     """Maximum, sum of exponentials and the label's logit of each row.
 
     Args:
-        logits: [rows, columns], contiguous; not to be read afterwards.
-        labels: int64 [rows], columns; a number outside [0, num_columns) is another rank's.
-        num_columns: columns that are no padding, the first ones; may be 0.
+        logits: [rows, columns], contiguous; the call may overwrite them.
+        labels: int64 [rows], column indices; a label outside [0, num_columns) is on another rank.
+        num_columns: number of leading columns that are not padding; may be 0.
 
     Returns:
-        fp32 [3, rows]: m, z and t of the module's formula; minus infinity and 0 without columns.
+        fp32 [3, rows]: m, z and t of the module's formula. If num_columns is 0: minus infinity, 0
+        and 0.
     """
     if num_columns == 0:
-        nothing = logits.new_zeros((3, logits.size(0)), dtype=torch.float32)
-        nothing[0] = float("-inf")
-        return nothing
+        empty = logits.new_zeros((3, logits.size(0)), dtype=torch.float32)
+        empty[0] = float("-inf")
+        return empty
     if uses_triton():
         from megatron_ponder.kernels.triton import cross_entropy
 
@@ -51,14 +52,14 @@ def row_statistics_(logits: Tensor, labels: Tensor, num_columns: int) -> Tensor:
 def logits_gradient_(
     logits: Tensor, labels: Tensor, log_sum: Tensor, gradient: Tensor, num_columns: int
 ) -> Tensor:
-    """Overwrite logits with the loss's gradient by them.
+    """Overwrite the logits with their gradient.
 
     Args:
         logits: [rows, columns], contiguous.
-        labels: as above.
+        labels: as in `row_statistics_`.
         log_sum: fp32 [rows], lse of the module's formula, over all ranks.
-        gradient: fp32 [rows], g: the gradient by each row's loss.
-        num_columns: as above.
+        gradient: fp32 [rows], g: the gradient of each row's loss.
+        num_columns: as in `row_statistics_`.
 
     Returns:
         `logits`.
@@ -80,5 +81,5 @@ def logits_gradient_(
 
 
 def _exp_of_difference(logits: Tensor, by_row: Tensor) -> Tensor:
-    """exp(x - a) in fp32 for a number a per row; overwrites fp32 logits."""
+    """exp(x - a) in fp32, with one number a per row. Overwrites the logits if they are fp32."""
     return logits.float().sub_(by_row[:, None]).exp_()

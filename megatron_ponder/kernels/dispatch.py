@@ -1,9 +1,8 @@
-"""Which implementation of the kernels this process runs: plain torch, or Triton.
+"""Select the kernel implementation of this process: plain torch or Triton.
 
-One setting for all of them (`--kernels`), chosen once when a model is built
-(`runtime.backends`). Each function in this package that has two implementations asks
-`uses_triton()` where it is called, so that both give the same interface. Left out: whether Triton
-can run here, which `runtime.capabilities` knows.
+One setting covers all kernels (`--kernels`). `runtime.backends` sets it once, when a model is
+built. Each function in this package that has two implementations checks `uses_triton()` when it
+is called, so callers see one interface. `runtime.capabilities` checks whether Triton can run here.
 """
 
 from collections.abc import Iterator
@@ -16,19 +15,19 @@ _chosen: Kernels = "torch"
 
 
 def choose_kernels(kernels: Kernels) -> None:
-    """Run these kernels from now on."""
+    """Select the implementation for all later calls."""
     global _chosen
     _chosen = kernels
 
 
 def uses_triton() -> bool:
-    """Whether Triton's kernels run."""
+    """Whether the Triton kernels are selected."""
     return _chosen == "triton"
 
 
 @contextmanager
 def kernels_chosen(kernels: Kernels) -> Iterator[None]:
-    """These kernels inside, those of before behind it."""
+    """Select the implementation inside the context, and restore the previous one at its end."""
     before = _chosen
     choose_kernels(kernels)
     try:

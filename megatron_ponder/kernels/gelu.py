@@ -1,4 +1,4 @@
-"""GELU of a projection and its bias, y = gelu(x + c), exact or by the tanh approximation.
+"""GELU of a projection plus its bias, y = gelu(x + c), exact or with the tanh approximation.
 
 With u = x + c:
 
@@ -7,9 +7,10 @@ With u = x + c:
     tanh    y = u s              s = sigmoid(2 z),  z = sqrt(2 / pi) (u + 0.044715 u^3)
             dy/du = s + u s (1 - s) 2 dz/du,        dz/du = sqrt(2 / pi) (1 + 3 * 0.044715 u^2)
 
-(1 + tanh z) / 2 is sigmoid(2 z). dx is dy times the derivative, and dc its sum over all rows. On
-torch it is composed, and keeps u. With Triton each way is one launch and x is kept instead; u is
-rounded only where y and dx are. Per element of e bytes:
+since (1 + tanh z) / 2 = sigmoid(2 z). dx is dy times dy/du, and dc is the sum of dx over all rows.
+The torch version is composed of two operations and saves u. The Triton version is one kernel in
+each direction and saves x. It does not round u; it rounds only y and dx. Memory traffic per
+element of e bytes:
 
     forward     2 e: reads x, writes y         (composed: 4 e in 2 launches)
     backward    3 e: reads dy, x, writes dx    (composed: 4 e in 2 launches, the second sums dc)
@@ -22,12 +23,12 @@ from megatron_ponder.kernels.dispatch import uses_triton
 
 
 def gelu(x: Tensor, bias: Tensor | None, *, is_tanh: bool) -> Tensor:
-    """Add the bias and activate.
+    """Add the bias, then apply GELU.
 
     Args:
         x: [..., f].
         bias: [f], or None.
-        is_tanh: the approximation (GPT-2), else exact (GPT-NeoX).
+        is_tanh: use the tanh approximation (GPT-2); otherwise exact (GPT-NeoX).
 
     Returns:
         [..., f].

@@ -1,9 +1,9 @@
-"""Token embeddings and thoughts in one buffer of slots, and the way back.
+"""Interleave token embeddings and thoughts into one buffer of slots, and select slots from it.
 
-The two reshapes that every method is made of, and the embedding lookup joined with them. All slots
-of a token lie together, so they act on a contiguous or zig-zag shard of the tokens as on the whole
-sequence, without communication. With n slots per token, s tokens, and rows E of the vocabulary from
-`first_row` on:
+Every method uses these two reshapes. `embed_and_interleave` fuses the embedding lookup with the
+first. All slots of a token are adjacent, so both reshapes work on a contiguous or zig-zag shard of
+the tokens as they do on the whole sequence, without communication. With n slots per token, s
+tokens, and this rank's rows E of the vocabulary, starting at `first_row`:
 
     gather       out[t * n]     = scale * E[id_t - first_row]        0 if another rank has the row
     interleave   out[t * n]     = e_t
@@ -13,12 +13,12 @@ sequence, without communication. With n slots per token, s tokens, and rows E of
     backward     dE[v]          = scale * sum of dout[t * n] over t with id_t = v, in fp32
                  de_t           = dout[t * n]
                  dthoughts[..]  = dout at the thoughts' slots
-                 dhidden        = dout at the slots kept, 0 at the others
+                 dhidden        = dout at the selected slots, 0 at the others
 
-The scaled embedding is rounded once to the weight's dtype. `embed_and_interleave` is one pass over
-memory. A forward with several passes still looks its tokens up only once (without thoughts, n = 1)
-and calls `interleave` in each pass: reading embeddings costs as much as reading the table, and the
-table's gradient is then summed once instead of once per pass.
+The scaled embedding is rounded once, to the weight's dtype. `embed_and_interleave` sweeps memory
+once. A forward of several passes still looks its tokens up only once (without thoughts, n = 1) and
+calls `interleave` in each pass. Loading the embeddings costs as much as loading the table rows, and
+the table's gradient is then summed once instead of once per pass.
 """
 
 import torch
@@ -36,17 +36,17 @@ def embed_and_interleave(
     scale: float | None,
     first_row: int,
 ) -> Tensor:
-    """Scaled rows of the embedding table, each before its thoughts.
+    """Look up and scale the token embeddings, and put each token's thoughts behind its embedding.
 
     Args:
         token_ids: int64 [b, s], ids in the whole vocabulary.
-        weight: this rank's rows, [v / tp, h].
-        thoughts: [s * (n-1), b, h]; None where there are none (n = 1).
-        scale: factor, a number of the weight's dtype; None: 1.
-        first_row: of this rank.
+        weight: this rank's rows of the table, [v / tp, h].
+        thoughts: [s * (n-1), b, h]; None if n = 1.
+        scale: factor, representable in the weight's dtype; None means 1.
+        first_row: vocabulary index of this rank's first row.
 
     Returns:
-        [s * n, b, h]; without thoughts zero where the row is another rank's.
+        [s * n, b, h]. Slot 0 of a token is zero if another rank has the row.
     """
     if uses_triton():
         from megatron_ponder.kernels.triton import interleave as kernel
@@ -61,7 +61,7 @@ def embed_and_interleave(
 
 
 def interleave(token_embeddings: Tensor, thoughts: Tensor | None) -> Tensor:
-    """Token embeddings [s, b, h], each before its thoughts [s * (n-1), b, h]: [s * n, b, h]."""
+    """Join token embeddings [s, b, h] and thoughts [s * (n-1), b, h] into slots [s * n, b, h]."""
     if thoughts is None:
         return token_embeddings
     if uses_triton():
@@ -75,7 +75,7 @@ def interleave(token_embeddings: Tensor, thoughts: Tensor | None) -> Tensor:
 
 
 def select_slots(hidden: Tensor, slots_per_token: int, slots: range) -> Tensor:
-    """Keep m consecutive slots of every token: [s * n, b, h] -> [s * m, b, h]."""
+    """Select m consecutive slots of every token: [s * n, b, h] -> [s * m, b, h]."""
     if len(slots) == slots_per_token:
         return hidden
     if uses_triton():

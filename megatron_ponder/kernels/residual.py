@@ -1,20 +1,22 @@
 """Residual adds fused with norms, and norms whose backward adds the residual gradient.
 
     add_branches            t = x + sum over branches of (y + c)
-    norm_beside_residual    x itself, and n_i = norm_i(x) for one norm or two of the same kind
+    norm_beside_residual    returns x, and n_i = norm_i(x) for one or two norms of the same kind
     add_and_norm            t = x + y + c,  n = norm(t)
 
     backward
-        add_branches            dx = dy = dt;  dc = sum of dt over all rows, one for all branches
-        norm_beside_residual    dx = (gradient of x itself) + the norms', which is the formula of
-                                `kernels.slot_norm` with g = sum of dn_i w_i
-        add_and_norm            dx = dy = dt + the norm's;  dc = sum of dx over all rows
+        add_branches            dx = dy = dt;  dc = sum of dt over all rows, shared by all branches
+        norm_beside_residual    dx = (gradient of the returned x) + (gradient through the norms),
+                                the latter by the formula of `kernels.slot_norm` with
+                                g = sum of dn_i w_i
+        add_and_norm            dx = dy = dt + (gradient through the norm);
+                                dc = sum of dx over all rows
 
-Composed, a bias is added in a launch of its own, each norm reads what was just written, and
-autograd adds up the gradients of everything that read x; torch's norms on CUDA read dy and x twice
-in the backward, for dx and for the weights. With Triton each is one launch forward and one
-backward, beside a small sum of parts of the parameters' gradients. A sum is rounded once, and the
-norm is of the rounded row, which the backward reads. Per element of e bytes:
+In the composed version each bias add is a kernel launch, each norm loads what was just stored, and
+autograd sums the gradients of all uses of x. On CUDA, the backward of torch's norms loads dy and x
+twice, once for dx and once for the weights. With Triton each function is one launch forward and one
+backward, plus a small sum of the partial gradients of the parameters. A sum is rounded once. The
+norm is taken of the rounded row, which the backward loads. Memory traffic per element of e bytes:
 
                                       forward              backward
                                       composed   kernel    composed   kernel
@@ -25,8 +27,8 @@ norm is of the rounded row, which the backward reads. Per element of e bytes:
     add_and_norm, without bias        5 e        4 e       8 e        4 e
         with bias                     7 e        4 e       9 e        4 e
 
-One branch without a bias is torch's add in both. On CPU all of it is composed: functions with such
-backwards took 0.999 to 1.009 of the time of a training step there (h 128 and 512).
+One branch without a bias uses torch's add in both versions. On CPU everything is composed: fused
+backwards took 0.999 to 1.009 times the time of a training step there (h 128 and 512).
 """
 
 import torch.nn.functional as F
@@ -38,7 +40,7 @@ from megatron_ponder.kernels.rms_norm import rms_norm
 
 
 def add_branches(residual: Tensor, *branches: Branch) -> Tensor:
-    """Residual stream plus one branch, or plus two parallel ones: [s, b, h]."""
+    """Add one branch, or two parallel branches, to the residual stream: [s, b, h]."""
     if uses_triton() and (len(branches) > 1 or branches[0][1] is not None):
         from megatron_ponder.kernels.triton import residual as kernel
 
@@ -49,16 +51,16 @@ def add_branches(residual: Tensor, *branches: Branch) -> Tensor:
 
 
 def norm_beside_residual(hidden: Tensor, *norms: NormParameters, eps: float) -> tuple[Tensor, ...]:
-    """Residual stream, and one or two norms of it.
+    """Apply one or two norms to the residual stream.
 
     Args:
-        hidden: [s, b, h].
-        norms: of the same kind.
+        hidden: the residual stream, [s, b, h].
+        norms: parameters of one or two norms of the same kind.
         eps: added to the mean of squares.
 
     Returns:
-        The residual stream (use it in place of `hidden`, so that its gradient is added in the
-        norms' backward), then the normed tensors, all [s, b, h].
+        The residual stream, then the normed tensors, all [s, b, h]. Use the returned residual
+        stream in place of `hidden`; the backward of the norms then adds its gradient.
     """
     if uses_triton():
         from megatron_ponder.kernels.triton import norm
@@ -70,7 +72,7 @@ def norm_beside_residual(hidden: Tensor, *norms: NormParameters, eps: float) -> 
 def add_and_norm(
     residual: Tensor, branch: Branch, norm: NormParameters, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Residual stream plus a branch, and the norm of the sum, both [s, b, h]."""
+    """Add a branch to the residual stream, and norm the sum. Returns both, each [s, b, h]."""
     if uses_triton():
         from megatron_ponder.kernels.triton import norm as kernel
 

@@ -1,13 +1,13 @@
-"""RMSNorm, y = x / sqrt(mean(x^2) + eps) * w over the last dim, with a backward of its own on CPU.
+"""RMSNorm, y = x / sqrt(mean(x^2) + eps) * w over the last dim, with a custom backward on CPU.
 
 With r = 1 / sqrt(mean(x^2) + eps), g = dy * w and h entries:
 
     dx = r * (g - x * r^2 * sum(g * x) / h)
     dw = sum over all rows of dy * x * r
 
-torch composes it on CPU from squares, means and products, each a pass over memory, and keeps three
-tensors for the backward; here only x and r are kept. On CUDA torch has a fused kernel, which is
-used there; it is also used where the precision is below fp32.
+On CPU, torch composes RMSNorm from elementwise operations and means, each a sweep over memory, and
+saves three tensors for the backward. This version saves only x and r. On CUDA, and for dtypes
+below fp32, we use torch's own RMSNorm, which is a fused kernel on CUDA.
 """
 
 from typing import Any
@@ -52,8 +52,8 @@ class _RmsNorm(torch.autograd.Function):
         (dy,) = grad_outputs
         h = x.size(-1)
         normed = x * r
-        products = (dy * normed).reshape(-1, h)
-        dw = products.sum(dim=0)
-        mean = (products @ weight).div_(h).view(r.shape)  # of g * x, times r
+        dw_by_row = (dy * normed).reshape(-1, h)
+        dw = dw_by_row.sum(dim=0)
+        mean = (dw_by_row @ weight).div_(h).view(r.shape)  # r * sum(g * x) / h
         dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(r)
         return dx, dw, None

@@ -1,18 +1,18 @@
-"""Rotary position embedding, all slots of a token at the token's position.
+"""Rotary position embedding; every slot of a token has the token's position.
 
-For a head's first 2r channels, x = (x1, x2) of r channels each, at angle a[t, i] = t * base^(-i/r):
+The first 2r channels of a head are x = (x1, x2), r channels each. At a[t, i] = t * base^(-i/r):
 
     y1 = x1 cos a - x2 sin a
     y2 = x2 cos a + x1 sin a
 
-and the other channels unchanged. The backward is the rotation by -a. Written as one function with
-its own backward, from the joint projection to queries, keys and values, because composed from
-slices and concatenations it copies each query and key about six times.
+The other channels are unchanged. The backward rotates by -a. One function with a custom backward
+splits the fused QKV projection into queries, keys and values and rotates them. Composed from slices
+and concatenations, the same would copy each query and key about six times.
 
-With Triton the rotation happens in the projection's output, and queries, keys and values are views
-of it: of q + k + v elements the rotated ones of q + k are read and written once, forward, and all
-are read and written once, backward. The table then has a row per token in fp32, which all its
-slots read; in torch it has a row per slot, in the run's dtype.
+With Triton the rotation is in place in the projection's output, and queries, keys and values are
+views of it. The forward loads and stores the rotated elements of q and k once; the backward loads
+and stores all elements of q, k and v once. The Triton table has one fp32 row per token, shared by
+its slots. The torch table has one row per slot, in the run's dtype.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ def rotary_table(angles: Tensor, slots_per_token: int, dtype: torch.dtype) -> Te
 
     Args:
         angles: fp32 [s, 1, 1, 2r], from megatron-core's RotaryEmbedding (both halves are equal).
-        slots_per_token: slots per token, which share its angles.
-        dtype: of the table in torch.
+        slots_per_token: slots per token; all slots of a token share its angles.
+        dtype: of the torch table.
 
     Returns:
         [2, s * slots_per_token, 1, 1, r]: cosines, then sines; with Triton fp32 [2, s, 1, 1, r].
@@ -43,19 +43,19 @@ def rotary_table(angles: Tensor, slots_per_token: int, dtype: torch.dtype) -> Te
 
 
 def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a joint projection, the first two rotated.
+    """Split a fused QKV projection into queries, keys and values; rotate queries and keys.
 
     Args:
-        mixed: [slots, b, groups, (n + 2) * d]; each group holds its n queries, its key, its value.
-            With Triton it is overwritten.
-        table: from `rotary_table`, 2r <= d; or [2, slots, b, 1, r] with rows of its own for each
-            sequence, where sequences are at different positions.
+        mixed: [slots, b, groups, (n + 2) * d]; each group has n queries, one key and one value.
+            Triton overwrites it.
+        table: from `rotary_table`, 2r <= d; or [2, slots, b, 1, r], one set of rows per sequence,
+            if the sequences are at different positions.
         head_dim: d.
 
     Returns:
-        Queries [slots, b, groups * n, d], keys and values [slots, b, groups, d]; in memory each is
-        [b, heads, slots, d], which attention on CPU reads fastest; with Triton they stay in
-        `mixed`.
+        Queries [slots, b, groups * n, d], keys and values [slots, b, groups, d]. The torch version
+        lays each out in memory as [b, heads, slots, d], the fastest layout for attention on CPU.
+        The Triton version returns views of `mixed` where possible.
     """
     if uses_triton():
         from megatron_ponder.kernels.triton import rotary
@@ -67,7 +67,7 @@ def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tenso
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """See the module's formula; the backward writes all gradients into one tensor."""
+    """The module's formula. The backward writes all gradients into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ class _SplitAndRotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """The rotation of x [slots, b, groups, heads, d] into `out`, each half in two passes."""
+    """Rotate x [slots, b, groups, heads, d] into `out`, two operations per half."""
     r = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [slots, 1, 1, r] -> [slots, 1, 1, 1, r]
     x1, x2 = x[..., :r], x[..., r : 2 * r]

@@ -1,6 +1,6 @@
 """RMSNorm or LayerNorm of selected slots of an interleaved sequence.
 
-For a token t, slots first..first+m-1 of n, and x = hidden[t * n + first + i]:
+For token t, slots first..first+m-1 of n, and x = hidden[t * n + first + i]:
 
     RMSNorm     y[t * m + i] = x r w              r = 1 / sqrt(mean(x^2) + eps)
     LayerNorm   y[t * m + i] = (x - a) r w + c    a = mean(x), r = 1 / sqrt(mean((x - a)^2) + eps)
@@ -9,12 +9,12 @@ For a token t, slots first..first+m-1 of n, and x = hidden[t * n + first + i]:
         dx = r (g - [mean(g), LayerNorm only] - u mean(g u))       0 at the other slots
         dw = sum of dy u;   dc = sum of dy                          over the selected rows
 
-In fp32; y, dx and the parameters' gradients are rounded once. The composed form copies the slots
-out, norms them, and in the backward copies into a tensor of zeros. Per selected element of e bytes
-it moves 4 e forward and (3 + 1 + n / m + 2) e backward; the kernel moves 2 e and (2 + n / m) e.
-With m = n there is nothing to fuse, and torch's own norms run. The one user is the second norm of a
-last layer with parallel residual, whose input has all slots while its MLP needs the output slots
-only.
+The arithmetic is fp32; y, dx and the parameters' gradients are rounded once. The composed version
+copies the selected slots, norms the copy, and in the backward copies the gradient into a tensor of
+zeros. Per selected element of e bytes it moves 4 e forward and (3 + 1 + n / m + 2) e backward; the
+kernel moves 2 e and (2 + n / m) e. If m = n there is nothing to fuse, and torch's own norms run.
+The only caller is the second norm of a last layer with parallel residual: its input has all slots,
+but its MLP needs the output slots only.
 """
 
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def norm_slots(
         weight: [h].
         bias: [h]; None for RMSNorm.
         eps: added to the mean of squares.
-        is_layer_norm: LayerNorm, else RMSNorm.
+        is_layer_norm: LayerNorm; otherwise RMSNorm.
 
     Returns:
         [s * m, b, h].

@@ -1,19 +1,21 @@
-"""SwiGLU, y = silu(a) * b for x = (a, b) along the last dim, with a backward of its own.
+"""SwiGLU, y = silu(a) * b for x = (a, b) along the last dim, with a custom backward.
 
 With s = sigmoid(a) and silu(a) = a s:
 
     da = dy * b * s * (1 + a (1 - s))
     db = dy * silu(a)
 
-Composed by autograd it keeps silu(a) besides x, and writes da and db twice to lay them side by
-side. Here only x is kept, silu(a) is computed again, and both gradients are written in place.
+Composed by autograd, SwiGLU saves silu(a) in addition to x, and writes da and db twice, the second
+time to concatenate them. This version saves only x, recomputes silu(a), and writes both gradients
+directly into dx.
 
-With Triton each way is one launch, in fp32 inside and rounded once. Per element of y, of e bytes:
+With Triton each direction is one kernel, with fp32 arithmetic and one rounding. Memory traffic per
+element of y, of e bytes:
 
     forward     3 e: reads a and b, writes y          (torch here: 5 e in 2 launches)
     backward    5 e: reads dy, a, b, writes da, db    (torch here: 11 e in 4 launches)
 
-The input stays as it is: what keeps or recomputes activations need not know of this function.
+The input is not modified, so selective recomputation needs no special case for this function.
 """
 
 from typing import Any
@@ -26,7 +28,7 @@ from megatron_ponder.kernels.dispatch import uses_triton
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Gate one half with the other: [..., 2f] -> [..., f]."""
+    """Gate the second half by silu of the first: [..., 2f] -> [..., f]."""
     if uses_triton():
         from megatron_ponder.kernels.triton import swiglu as kernel
 

@@ -1,8 +1,8 @@
-"""A linear layer's weight gradient added to an fp32 buffer, dW += dy^T x, in one product.
+"""Accumulate a linear layer's weight gradient into an fp32 buffer, dW += dy^T x, in one GEMM.
 
-Composed, the product is rounded to bf16 and added in a kernel of its own, which reads and writes
-the fp32 buffer once more. cuBLAS adds while it multiplies, with fp32 sums of bf16 inputs; torch
-offers that on CUDA (`addmm` with `out_dtype`). Elsewhere it is composed.
+The composed version rounds dy^T x to bf16 and adds it in a second kernel, which loads and stores
+the fp32 buffer once more. cuBLAS accumulates inside the GEMM, in fp32 for bf16 inputs. torch
+exposes this on CUDA (`addmm` with `out_dtype`). On other devices the composed version runs.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def add_weight_gradient(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
-    """Add a batch's part of dW in place.
+    """Add one batch's dW to `gradient`, in place.
 
     Args:
         gradient: [outputs, inputs], in fp32 or in dy's dtype; contiguous.

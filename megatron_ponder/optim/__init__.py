@@ -1,1 +1,1 @@
-"""Optimizer and learning-rate schedule."""
+"""Optimizer and LR scheduler."""

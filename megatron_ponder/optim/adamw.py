@@ -1,8 +1,9 @@
-"""AdamW with its learning-rate schedule, both megatron-core's.
+"""Builds megatron-core's AdamW and LR scheduler.
 
-The optimizer is fp32 Adam, Adam on fp32 masters of bf16 weights, or either with its state sharded
-over data-parallel ranks, as the run says. Biases and norms (every 1-D parameter) are not decayed.
-The schedule counts iterations. Left out: other optimizers, and loss scaling (fp16 is not offered).
+Depending on the run's settings, the optimizer is Adam on fp32 weights or on fp32 master copies of
+bf16 weights. Its state can be sharded over the data-parallel ranks. Weight decay skips biases and
+norms (every 1-D parameter). The LR scheduler counts iterations. Other optimizers are not supported,
+nor is loss scaling, since there is no fp16 mode.
 """
 
 import math
@@ -26,7 +27,7 @@ WSD_DECAY_STYLE = "exponential"
 def build_optimizer(
     config: ResolvedConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """The optimizer of this rank's part of a model, and the schedule that sets its learning rate.
+    """Build the optimizer of this rank's part of a model, and the LR scheduler.
 
     Args:
         config: resolved.
@@ -43,7 +44,7 @@ def build_optimizer(
             adam_beta2=optim.adam_beta2,
             adam_eps=optim.adam_eps,
             decoupled_weight_decay=True,
-            # Infinity where clipping is off: the norm is computed and reported all the same.
+            # Infinity if clipping is off, so that the norm is still computed and reported.
             clip_grad=optim.clip_grad or math.inf,
             bf16=training.bf16,
             params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
@@ -57,9 +58,9 @@ def build_optimizer(
 
 
 def _use_fused_step(optimizer: ChainedOptimizer) -> None:
-    """Let torch's AdamW, which megatron-core takes without TE and apex, update in one kernel.
+    """Enable the fused update of torch's AdamW, the one megatron-core uses without TE and apex.
 
-    megatron-core has no setting for it, and torch's default on CPU is one operation at a time.
+    megatron-core has no setting for this, and torch's default on CPU is not fused.
     """
     for chained in optimizer.chained_optimizers:
         if isinstance(chained.optimizer, torch.optim.Adam):  # AdamW is a subclass
@@ -70,10 +71,10 @@ def _use_fused_step(optimizer: ChainedOptimizer) -> None:
 def build_scheduler(
     config: ResolvedConfig, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """Linear warm-up from 0 and the decay that `config` names, in iterations.
+    """Build the LR scheduler: linear warm-up from 0, then the decay in `config`, in iterations.
 
-    As in Megatron-LM the first iteration has learning rate 0 where there is a warm-up, and the
-    settings of the run beat those of a checkpoint that is loaded later.
+    As in Megatron-LM, the first iteration has learning rate 0 if there is a warm-up. The settings
+    of the run override those of a checkpoint that is loaded later.
     """
     optim = config.optimizer
     return OptimizerParamScheduler(
@@ -96,5 +97,5 @@ def build_scheduler(
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate that the next update uses; the same in every parameter group."""
+    """The learning rate of the next update, which is the same in every parameter group."""
     return float(optimizer.param_groups[0]["lr"])

@@ -1,13 +1,13 @@
-"""The norm of the gradient, clipping, and the update: decided on the device, not by the host.
+"""Gradient norm, clipping and update without a device synchronisation.
 
-megatron-core computes the norm into a Python number, clips in a pass of its own over all gradients,
-and steps. Between them the host waits for the whole step to be computed, and the device then for
-the host. Here the norm stays a tensor, and torch's fused AdamW is given what to divide gradients by
-(`grad_scale`) and whether to leave everything as it is (`found_inf`): inputs that were made for
-loss scaling. Its kernel reads them on the device, so that clipping costs no pass over the gradients
-and a skipped update no decision of the host.
+megatron-core returns the norm as a Python number, clips in a separate sweep over all gradients, and
+then steps. Fetching the norm is a device synchronisation, and the device then idles until the host
+has launched the update. Here the norm stays a tensor. torch's fused AdamW receives the divisor of
+the gradients (`grad_scale`) and the flag that skips the update (`found_inf`), two inputs meant for
+loss scaling. Its kernel loads both from device memory. Clipping therefore needs no extra sweep over
+the gradients, and skipping an update needs no decision on the host.
 
-Left out: gradients by part of the model that are clipped by themselves, as megatron-core 0.19 can.
+Separate clipping for parts of the model, as in megatron-core 0.19, is not supported.
 """
 
 import math
@@ -21,21 +21,21 @@ from torch import Tensor
 from megatron_ponder.runtime.device import device
 
 NORM_MARGIN = 1e-6
-"""megatron-core adds it to the norm before it divides by it."""
+"""megatron-core adds this to the norm before it divides the gradients by the norm."""
 GRADIENTS_FOR_NORM = (
     "get_grads_for_grad_norm"  # megatron-core 0.19
     if hasattr(MegatronOptimizer, "get_grads_for_grad_norm")
     else "get_main_grads_for_grad_norm"  # 0.16
 )
-"""The method that lists this rank's share of the gradient, every entry on one rank only."""
+"""The method that lists this rank's share of the gradient; no entry is on two ranks."""
 
 
 @torch.no_grad()
 def gradient_norm(optimizer: ChainedOptimizer) -> Tensor:
     """Euclidean norm of the whole model's gradient, the same on all ranks.
 
-    megatron-core's `get_grad_norm`, of the same gradients and over the same ranks, without its
-    wait. `prepare_grads` must have been called.
+    Equal to megatron-core's `get_grad_norm`, over the same gradients and ranks, but without a
+    device synchronisation. Call `prepare_grads` first.
 
     Returns:
         fp64 [].
@@ -45,9 +45,9 @@ def gradient_norm(optimizer: ChainedOptimizer) -> Tensor:
 
 
 def _squared_norm(part: MegatronOptimizer) -> Tensor:
-    """Of the gradients of one of the chained optimizers: fp64 []."""
+    """Squared norm of the gradients of one of the chained optimizers: fp64 []."""
     gradients = getattr(part, GRADIENTS_FOR_NORM)()
-    # Without gradients torch answers with a tensor on the CPU.
+    # For an empty list, get_total_norm returns a CPU tensor.
     norm = torch.nn.utils.get_total_norm(gradients).to(device()) if gradients else _zero()
     square = norm.square()
     dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
@@ -61,14 +61,14 @@ def _zero() -> Tensor:
 
 @torch.no_grad()
 def clipped_update(optimizer: ChainedOptimizer, grad_norm: Tensor, is_finite: Tensor) -> None:
-    """Clip the gradient to the norm that the run allows, and step; or leave everything as it is.
+    """Clip the gradients and update the weights, or skip the update if `is_finite` is false.
 
     Gradients are divided by max(1, (norm + 1e-6) / clip_grad).
 
     Args:
         optimizer: its gradients are prepared.
         grad_norm: fp64 [], the norm before clipping.
-        is_finite: bool []; where false, weights, moments and the count of steps stay.
+        is_finite: bool []; if false, weights, moments and step count do not change.
     """
     parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
     inner = [part.optimizer for part in parts]
@@ -78,7 +78,7 @@ def clipped_update(optimizer: ChainedOptimizer, grad_norm: Tensor, is_finite: Te
     clip_grad = optimizer.config.clip_grad
     scale = ((grad_norm + NORM_MARGIN) / clip_grad).clamp(min=1.0).float()
     for each in inner:
-        # Where clipping is off, nothing is divided: the kernel would write every gradient back.
+        # None if clipping is off: with a scale, the kernel would also store every gradient.
         each.grad_scale = scale if math.isfinite(clip_grad) else None
         each.found_inf = (~is_finite).float()
     optimizer.step_with_ready_grads()
@@ -92,10 +92,10 @@ def _update_by_host(
     grad_norm: Tensor,
     is_finite: Tensor,
 ) -> None:
-    """The same for the Adam of TransformerEngine or apex, which takes no such inputs.
+    """Clip and update with the Adam of TransformerEngine or apex, which lacks these inputs.
 
-    The host reads the norm, and megatron-core clips in a pass of its own. Not run with either
-    library, as our tests have neither; torch's SGD takes their place.
+    The host fetches the norm, and megatron-core clips in a separate sweep. Our tests have neither
+    library and run this function with torch's SGD instead.
     """
     if not is_finite.item():
         return

@@ -1,7 +1,7 @@
-"""The kernels in Triton, one file per operation; each is defined by its reference in `kernels/`.
+"""The Triton kernels, one file per operation. The torch version in `kernels/` is the reference.
 
-Importing a module here needs Triton, so that only functions that were told to use it import one.
-Values are cast to fp32 right after they are loaded and to the tensor's dtype where they are stored:
-that is the precision of the references, and Triton's interpreter, in which the tests run on CPU,
-computes wrongly in bf16.
+These modules import Triton, so they are imported only when the Triton kernels are selected. Values
+are cast to fp32 right after the load, and to the tensor's dtype at the store. This matches the
+precision of the references. It also avoids bf16 arithmetic in Triton's interpreter, which the tests
+use on CPU and which gives wrong results in bf16.
 """

@@ -1,8 +1,8 @@
-"""Statistics of rows of logits, and their gradient in place; see `kernels.cross_entropy`.
+"""Row statistics of the logits, and their gradient in place; see `kernels.cross_entropy`.
 
-A program of the first kernel goes once over one row and keeps maximum and sum online: where a block
-brings a larger maximum m', z becomes z exp(m - m') + sum exp(x - m'). The second has a program per
-row and block of columns.
+`_statistics` has one program per row. It loads the row once and updates maximum and sum online: for
+each block with new maximum m', z becomes z exp(m - m') + sum exp(x - m'). `_gradient` has one
+program per row and block of columns.
 """
 
 import torch
@@ -23,9 +23,9 @@ def _statistics(logits, labels, out, num_rows, row_stride, num_columns, BLOCK: t
         columns = first + tl.arange(0, BLOCK)
         x = tl.load(start + columns, mask=columns < num_columns, other=float("-inf"))
         x = x.to(tl.float32)
-        now = tl.maximum(largest, tl.max(x, axis=0))
-        total = total * tl.exp(largest - now) + tl.sum(tl.exp(x - now), axis=0)
-        largest = now
+        new_largest = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
+        largest = new_largest
     label = tl.load(labels + row)
     is_mine = (label >= 0) & (label < num_columns)
     target = tl.load(start + label, mask=is_mine, other=0.0)
@@ -57,7 +57,7 @@ def _gradient(
 
 
 def row_statistics_(logits: Tensor, labels: Tensor, num_columns: int) -> Tensor:
-    """As `kernels.cross_entropy.row_statistics_`, with at least one column."""
+    """Triton version of `kernels.cross_entropy.row_statistics_`; needs num_columns >= 1."""
     num_rows, _ = logits.shape
     out = logits.new_empty((3, num_rows), dtype=torch.float32)
     block = min(MAX_BLOCK, triton.next_power_of_2(num_columns))
@@ -71,7 +71,7 @@ def row_statistics_(logits: Tensor, labels: Tensor, num_columns: int) -> Tensor:
 def logits_gradient_(
     logits: Tensor, labels: Tensor, log_sum: Tensor, gradient: Tensor, num_columns: int
 ) -> None:
-    """As `kernels.cross_entropy.logits_gradient_`."""
+    """Triton version of `kernels.cross_entropy.logits_gradient_`."""
     num_rows, num_padded = logits.shape
     block = min(MAX_BLOCK, triton.next_power_of_2(num_padded))
     if num_rows:

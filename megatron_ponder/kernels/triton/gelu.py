@@ -1,8 +1,8 @@
-"""GELU and its bias in one kernel each way; see `kernels.gelu`.
+"""Bias add and GELU, one kernel for the forward and one for the backward; see `kernels.gelu`.
 
-A program of the forward takes a block of a row. One of the backward takes a block of columns over
-ROWS_EACH rows and keeps its part of the bias' gradient, which torch adds up: a sum in fixed order,
-the same in every run.
+A forward program computes one block of one row. A backward program computes one block of columns
+for ROWS_EACH rows, and its partial sum of the bias gradient. torch sums the partial gradients in a
+fixed order, so the result is the same in every run.
 """
 
 import math
@@ -15,18 +15,20 @@ from torch import Tensor
 
 MAX_BLOCK = 1024
 ROWS_EACH = 64
-"""The parts of the bias' gradient are 2 / 64 of a 16-bit tensor to write, and to read again."""
+"""Rows per backward program. At 64 rows, the fp32 partial bias gradients are 2 / 64 of the size of
+a 16-bit tensor; they are stored once and loaded once."""
 INVERSE_SQRT_2 = tl.constexpr(math.sqrt(0.5))
 INVERSE_SQRT_2_PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 SQRT_8_BY_PI = tl.constexpr(math.sqrt(8 / math.pi))
-"""Of 2 z."""
+"""Leading factor of 2 z."""
 CUBIC = tl.constexpr(0.044715)
-# In products with these the tensor comes first: the interpreter has it no other way round.
+# When multiplying with these constants, write the tensor first: Triton's interpreter does not
+# support the other order.
 
 
 @triton.jit
 def _gate(u, IS_TANH: tl.constexpr):
-    """What u is multiplied by, P or s."""
+    """The factor P or s in y = u P or y = u s."""
     if IS_TANH:
         return tl.sigmoid((u + u * u * u * CUBIC) * SQRT_8_BY_PI)
     return 0.5 * (1.0 + tl.math.erf(u * INVERSE_SQRT_2))
@@ -85,7 +87,7 @@ def _backward(
 
 
 def gelu(x: Tensor, bias: Tensor | None, *, is_tanh: bool) -> Tensor:
-    """As `kernels.gelu.gelu`."""
+    """Triton version of `kernels.gelu.gelu`."""
     return _Gelu.apply(x, bias, is_tanh)
 
 

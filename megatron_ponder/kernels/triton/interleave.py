@@ -1,13 +1,14 @@
-"""Slots from token embeddings and thoughts, and back; see `kernels.interleave`.
+"""Interleaving of token embeddings and thoughts, and slot selection; see `kernels.interleave`.
 
-Each program moves one row of h. The gradient of the embedding table adds up rows of equal ids
-without atomics, so that it is the same in every run: positions are sorted by id, and a run of
-equal ids is cut at multiples of PIECE. The first kernel sums each piece in fp32, the second the
-pieces of each run, which it writes in the table's dtype. A run of every position, as pause tokens
-make it, is thus summed by many programs; a buffer of [v, h] in fp32 is not needed.
+Each program copies one row of h channels. The gradient of the embedding table sums the rows of
+equal ids without atomics, so the result is the same in every run. The positions are sorted by id,
+and each sequence of equal ids is cut into pieces at multiples of PIECE. `_sum_pieces` sums each
+piece in fp32. `_sum_runs` sums the pieces of each id and stores the sum in the table's dtype. Many
+programs thus share the work for an id that fills many positions, such as the pause token's. No fp32
+buffer of [v, h] is needed.
 
-Conditions on a row enter masks as a number of channels: the interpreter makes integers of a block
-of booleans that is joined with a single one, and then refuses them as a mask.
+Masks encode a condition on the row as a number of channels. In Triton's interpreter, combining a
+block of booleans with a scalar boolean gives integers, which it then refuses as a mask.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ PIECE = tl.constexpr(32)
 @triton.jit
 def _join(
     out,
-    tokens,  # rows of embeddings by token, or the table
+    tokens,  # one embedding per token, or the embedding table
     ids,
     thoughts,
     scale,
@@ -49,7 +50,7 @@ def _join(
     thought_row = (token * (slots_per_token - 1) + index - 1) * batch + in_batch
     of_thought = channels < tl.where(index > 0, hidden, 0)
     thought = tl.load(thoughts + thought_row * hidden + channels, mask=of_thought, other=0.0)
-    value = embedding.to(tl.float32) * scale + thought.to(tl.float32)  # one of them is 0
+    value = embedding.to(tl.float32) * scale + thought.to(tl.float32)  # one of the two is 0
     tl.store(out + row * hidden + channels, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -160,19 +161,19 @@ def _sum_runs(ids, pieces, out, scale, num_positions, num_rows, hidden, BLOCK: t
 def embed_and_interleave(
     token_ids: Tensor, weight: Tensor, thoughts: Tensor | None, scale: float | None, first_row: int
 ) -> Tensor:
-    """As `kernels.interleave.embed_and_interleave`."""
+    """Triton version of `kernels.interleave.embed_and_interleave`."""
     return _EmbedAndInterleave.apply(
         token_ids, weight, thoughts, 1.0 if scale is None else scale, first_row
     )
 
 
 def interleave(token_embeddings: Tensor, thoughts: Tensor) -> Tensor:
-    """As `kernels.interleave.interleave`."""
+    """Triton version of `kernels.interleave.interleave`."""
     return _Interleave.apply(token_embeddings, thoughts)
 
 
 def select_slots(hidden: Tensor, slots_per_token: int, slots: range) -> Tensor:
-    """As `kernels.interleave.select_slots`, where not all are kept."""
+    """Triton version of `kernels.interleave.select_slots`, for a strict subset of the slots."""
     return _SelectSlots.apply(hidden, slots_per_token, slots)
 
 
@@ -253,7 +254,7 @@ def _launch_join(
     scale: float,
     slots_per_token: int,
 ) -> None:
-    """Fill `out` from embeddings by token, or from the table where `rows` says which."""
+    """Fill `out` from one embedding per token; or, if `rows` is given, from those table rows."""
     num_slots, batch, hidden = out.shape
     if out.numel():
         _join[(num_slots * batch,)](
@@ -274,7 +275,7 @@ def _launch_join(
 def _parts(
     joined: Tensor, slots_per_token: int, *, with_tokens: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Rows of tokens (or None) and of thoughts, each contiguous."""
+    """Split slots into token rows (None unless `with_tokens`) and thought rows, contiguous."""
     num_slots, batch, hidden = joined.shape
     num_tokens = num_slots // slots_per_token
     tokens = joined.new_empty(num_tokens, batch, hidden) if with_tokens else None
@@ -296,7 +297,7 @@ def _parts(
 def _launch_select(
     kernel: Any, num_slots: int, whole: Tensor, kept: Tensor, slots_per_token: int, slots: range
 ) -> None:
-    """Copy between all slots and those kept, a program for each row that is written."""
+    """Copy between all slots and the kept slots, with one program per output row."""
     _, batch, hidden = whole.shape
     if num_slots * batch:
         kernel[(num_slots * batch,)](
@@ -314,11 +315,11 @@ def _launch_select(
 def _table_gradient(
     gradient: Tensor, rows: Tensor, weight: Tensor, slots_per_token: int, scale: float
 ) -> Tensor:
-    """The table's gradient from that of the slots [s * n, b, h], using those of token slots."""
+    """The table's gradient, from slot 0 of each token in the slot gradient [s * n, b, h]."""
     num_rows, hidden = weight.shape
     d_weight = torch.zeros_like(weight)
     _, batch = rows.shape
-    # Other ranks' rows come last, under a number that no row has.
+    # Rows of other ranks get the id num_rows, so they sort last and are skipped.
     mine = rows.where((rows >= 0) & (rows < num_rows), num_rows).flatten()
     ids, order = mine.sort(stable=True)
     if not ids.numel():

@@ -1,17 +1,17 @@
 """RMSNorm and LayerNorm fused with their neighbours; see `kernels.slot_norm`, `kernels.residual`.
 
-A program has ROWS rows at once, more than one of narrow ones. In the backward a program
-takes rows_each rows of the whole sequence. It writes dx to selected rows and zeros to the others,
-and keeps its part of the parameters' gradients. torch sums those parts in a fixed order, so that
-the result is the same in every run.
+A program computes ROWS rows at once: more than one if rows are narrow. A backward program computes
+rows_each rows of the whole sequence. It writes dx to the selected rows and zeros to the others, and
+accumulates its partial gradients of the parameters. torch sums the partial gradients in a fixed
+order, so the result is the same in every run.
 
-One pair of kernels for three uses, which differ in their other inputs and outputs:
+One pair of kernels serves three uses:
 
-    selected slots      other rows are skipped, and have a gradient of 0
-    residual            the gradient of the row itself, beside its norm's, is added to dx; there may
-                        be a second norm of the same row, which shares its statistics
-    add and norm        the row is hidden + branch (+ bias), is written too, and rounded before it
-                        is normed, as the backward reads it
+    selected slots      the other rows are skipped, and their gradient is 0
+    residual            the gradient of the residual stream is added to dx; an optional second norm
+                        of the same row shares the statistics
+    add and norm        the row is hidden + branch (+ bias); it is rounded and stored before it is
+                        normed, because the backward loads the rounded row
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,10 @@ from torch import Tensor
 from megatron_ponder.kernels.operands import Branch, NormParameters
 
 MAX_WARPS = 4096
-"""Of the backward, what a Hopper GPU (132 multiprocessors) has registers for at once, at 64 per
-thread. With a second norm or a branch's bias a thread takes up to 101, and there are half as many.
-More would only write more parts of the parameters' gradients."""
+"""Limit on the warps of a backward launch: as many as the registers of a Hopper GPU (132
+multiprocessors) can hold at once, at 64 registers per thread. With a second norm or a branch bias a
+thread needs up to 101 registers, and the limit is half. More warps would only store more partial
+gradients of the parameters."""
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def _backward(
         if HAS_BRANCH_BIAS:
             d_branch_bias += dx
         tl.store(d_hidden + of_whole, dx.to(d_hidden.dtype.element_ty), mask=in_whole)
-    # [those that there are, programs, width], in the order of `_Norm`'s parameters
+    # d_parameters: [given parameters, programs, width], in the order of `_Norm`'s parameters
     columns = tl.arange(0, BLOCK)
     part = d_parameters + program * width + columns
     step = tl.num_programs(0).to(tl.int64) * width
@@ -191,14 +192,14 @@ def norm_slots(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """As `kernels.slot_norm.norm_slots`."""
+    """Triton version of `kernels.slot_norm.norm_slots`."""
     return _Norm.apply(hidden, None, (slots_per_token, slots), eps, False, None, weight, bias)
 
 
 def norm_beside_residual(
     hidden: Tensor, norms: Sequence[NormParameters], eps: float
 ) -> tuple[Tensor, ...]:
-    """As `kernels.residual.norm_beside_residual`."""
+    """Triton version of `kernels.residual.norm_beside_residual`."""
     parameters = [tensor for norm in norms for tensor in norm]
     return _Norm.apply(hidden, None, (1, range(1)), eps, True, None, *parameters)
 
@@ -206,15 +207,16 @@ def norm_beside_residual(
 def add_and_norm(
     residual: Tensor, branch: Branch, norm: NormParameters, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `kernels.residual.add_and_norm`."""
+    """Triton version of `kernels.residual.add_and_norm`."""
     x, branch_bias = branch
     return _Norm.apply(residual, x, (1, range(1)), eps, True, branch_bias, *norm)
 
 
 class _Norm(torch.autograd.Function):
-    """The norms of hidden, or of its sum with a branch; before them that itself if it is asked for.
+    """One or two norms of `hidden`, or of `hidden` plus a branch.
 
-    Parameters are the branch's bias, then weight and bias of one norm or of two.
+    With `wants_residual` the first output is the tensor that is normed. `parameters` are the bias
+    of the branch, then the weight and bias of one norm or two.
     """
 
     @staticmethod
@@ -319,12 +321,12 @@ class _Norm(torch.autograd.Function):
         return d_hidden, d_hidden if ctx.has_branch else None, None, None, None, *d_parameters
 
 
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    return stand_in if tensor is None else tensor
+def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    return placeholder if tensor is None else tensor
 
 
 def _block(width: int) -> dict[str, int]:
-    """At least 1024 numbers at once, in one row or several, and 8 of them per thread."""
+    """Launch sizes: blocks of at least 1024 elements, in one row or more, 8 elements per thread."""
     block = triton.next_power_of_2(width)
     rows = max(1, 1024 // block)
     return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(4, block // 256))}

@@ -1,7 +1,7 @@
-"""The sum of the residual stream and one branch or two with their biases; see `kernels.residual`.
+"""Adds one or two branches and their biases to the residual stream; see `kernels.residual`.
 
-A program takes a block of one row. The backward needs no kernel: it hands its gradient on, and sums
-it for the biases, once for both.
+A program computes one block of one row. The backward needs no kernel. It returns the incoming
+gradient for the residual stream and every branch, and sums it over rows once for all biases.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _add(
 
 
 def add_branches(residual: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """As `kernels.residual.add_branches`, of one branch or two."""
+    """Triton version of `kernels.residual.add_branches`, for one or two branches."""
     return _AddBranches.apply(residual, *(tensor for branch in branches for tensor in branch))
 
 

@@ -1,12 +1,12 @@
-"""Rotation of queries and keys in the joint projection; see `kernels.rotary`.
+"""In-place rotation of queries and keys in the fused QKV projection; see `kernels.rotary`.
 
-One program takes one slot of one sequence: its whole row of heads, of which the first 2r channels
-are rotated in place; the values stay untouched. All slots of a token read the same row of the
-table, slot // slots_per_token; while decoding, each sequence has a row of its own. Queries, keys
-and values are then views of the projection's output, which has no other use: megatron-core's linear
-layers keep their input. Heads of one group lie together, so that queries have one stride over heads
-only where groups have one query each, or there is one group; else they are copied, as torch's
-attention takes no other layout.
+One program handles all heads of one slot of one sequence. It rotates the first 2r channels of each
+query and key in place and leaves the values unchanged. All slots of a token use the same row of the
+table, slot // slots_per_token; in decoding, each sequence has its own row. Queries, keys and values
+are then views of the projection's output. Overwriting that output is safe, because megatron-core's
+linear layers save their input for the backward. The heads of a group are adjacent, so all queries
+have one stride over heads only if groups have one query each, or if there is one group. Otherwise
+the queries are copied, because torch's attention accepts no other layout.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ def _rotate(
     cos = tl.load(angle, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(angle + num_table_rows * half, mask=inside, other=0.0).to(tl.float32)
     row_width = num_groups * (heads_each + 1) * head_dim
-    # The heads of a group are its queries, its key, and its value, which is not rotated.
+    # The heads of a group: its queries, its key, then its value. The value is not rotated.
     for first in range(0, num_groups * heads_each, ROWS):
         number = first + tl.arange(0, ROWS)
         head = number // heads_each * (heads_each + 1) + number % heads_each
@@ -87,14 +87,14 @@ def _join_and_rotate_back(
     row = tl.program_id(0).to(tl.int64)
     slot, in_batch = row // batch, row % batch
     channels = tl.arange(0, BLOCK)[None, :]
-    # A rotated channel's partner; of the others the channel itself, at an angle of 0.
+    # The partner of each rotated channel. A channel that is not rotated is its own, at angle 0.
     partner = tl.where(channels < half, channels + half, channels - half)
     partner = tl.where(channels < 2 * half, partner, channels)
     angle = table + (slot // slots_per_token * table_batch + in_batch % table_batch) * half
     angle += tl.where(channels < half, channels, channels - half)
     cos = tl.load(angle, mask=channels < 2 * half, other=1.0).to(tl.float32)
     sin = tl.load(angle + num_table_rows * half, mask=channels < 2 * half, other=0.0)
-    # Back by the same angle: x1 = y1 cos + y2 sin; x2 = y2 cos - y1 sin.
+    # Inverse rotation: x1 = y1 cos + y2 sin; x2 = y2 cos - y1 sin.
     sin = tl.where(channels < half, sin, -sin).to(tl.float32)
     num_queries = heads_each - 1
     query += slot * query_slot + in_batch * query_batch
@@ -110,7 +110,7 @@ def _join_and_rotate_back(
         of_value = inside & (number == heads_each)
         from_query = query + (group * num_queries + number) * query_head
         from_key = key + group * key_head
-        # One of three sources each; the others are masked and give 0.
+        # Each head has one of three sources; the other two are masked and give 0.
         g = tl.load(from_query + channels, mask=of_query, other=0.0).to(tl.float32)
         g += tl.load(from_key + channels, mask=of_key, other=0.0).to(tl.float32)
         g = g * cos
@@ -123,7 +123,7 @@ def _join_and_rotate_back(
 
 
 def split_and_rotate(mixed: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `kernels.rotary.split_and_rotate`, overwriting `mixed`."""
+    """Triton version of `kernels.rotary.split_and_rotate`; overwrites `mixed`."""
     return _SplitAndRotate.apply(mixed.unflatten(-1, (-1, head_dim)), table)
 
 
@@ -187,9 +187,10 @@ class _SplitAndRotate(torch.autograd.Function):
 
 
 def _part(mixed: Tensor, first: int, last: int) -> Tensor:
-    """Heads of each group as [slots, b, heads, d], sharing memory with `mixed` where they can.
+    """Heads first..last-1 of each group as [slots, b, heads, d]; shares `mixed`'s memory if it can.
 
-    Made from the storage: autograd would take a view for an output that changes with its input.
+    The result is built from the storage, because autograd would track a view of `mixed` as an
+    output that aliases the input.
     """
     slots, batch, groups, _, d = mixed.shape
     heads = mixed[:, :, :, first:last]

@@ -1,9 +1,9 @@
-"""SwiGLU of a joint gate-up projection, both halves read where they lie; see `kernels.swiglu`.
+"""SwiGLU of a fused gate-up projection, without copying its halves; see `kernels.swiglu`.
 
-A program takes a block of one row. Written here rather than taken from Liger, whose kernel of the
-joint projection moves the same bytes: it would be a second path beside this one, which machines
-without Liger need, rounds silu(a) to 16 bits before the product, and has a whole row, rounded up
-to a power of two, in each program.
+A program computes one block of one row. We do not use Liger's kernel for the fused projection. It
+moves the same bytes, but it would be a second code path, since machines without Liger need this
+one. It also rounds silu(a) to 16 bits before multiplying by b, and puts a whole row, rounded up to
+a power of two, in each program.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ def _backward(x, gradient, dx, width, BLOCK: tl.constexpr):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """As `kernels.swiglu.swiglu`."""
+    """Triton version of `kernels.swiglu.swiglu`."""
     return _Swiglu.apply(x)
 
 
@@ -65,7 +65,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 def _launch(kernel: Any, x: Tensor, *others: Tensor) -> None:
-    """A program per row of x and block of a half."""
+    """Launch one program per row of x and block of half a row."""
     width = x.size(-1) // 2
     if x.numel():
         block = min(MAX_BLOCK, triton.next_power_of_2(width))
