@@ -43,10 +43,11 @@ class StageActivations(Stage):
 
     def layers_bytes(self, chunk: Chunk) -> list[int]:
         """What each layer of a chunk keeps, in order, if it is not recomputed."""
-        numbers = [chunk.pass_.slots_per_token] * self.layers_per_chunk
+        pass_ = chunk.pass_
+        layers = [self._layer_bytes(pass_, pass_.slots_per_token)] * self.layers_per_chunk
         if self.ends_pass(chunk):
-            numbers[-1] = chunk.pass_.outputs_per_token
-        return [self._layer_bytes(chunk.pass_, num_outputs) for num_outputs in numbers]
+            layers[-1] = self._layer_bytes(pass_, pass_.outputs_per_token)
+        return layers
 
     def _layer_bytes(self, pass_: Pass, num_outputs: int) -> int:
         return self._attention_bytes(pass_, num_outputs) + self._mlp_bytes(pass_, num_outputs)
