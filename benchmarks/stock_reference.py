@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
 from megatron_ponder.convert.config_mapping import build_stock_config
 from megatron_ponder.convert.exported_code import class_name
+from megatron_ponder.convert.family import find_family
 from megatron_ponder.convert.method_mapping import build_method_keys
 from megatron_ponder.convert.remote_code import modeling_ponder
 from megatron_ponder.convert.remote_code.configuration_ponder import CHOICES
-from megatron_ponder.convert.weight_names import RULES
 from megatron_ponder.errors import ConfigError
 
 
@@ -67,14 +67,8 @@ class StockReference(nn.Module):
 
         transformers 5 calls every output layer `lm_head` and renames it on the way to a file.
         """
-        (head,) = (
-            rule.theirs[0] for rule in RULES[shape.architecture] if rule.ours == HEAD
-        )  # fmt: skip
-        names = {"lm_head.weight": head}
+        names = {"lm_head.weight": find_family(shape.architecture).head}
         return {names.get(name, name): p for name, p in self.model.named_parameters()}
-
-
-HEAD = "output_layer.weight"
 
 
 def _refuse_what_is_missing(config: ResolvedConfig) -> None:

@@ -1,29 +1,27 @@
 """A stock Hugging Face config as our settings, and back. Imports no torch and no transformers.
 
-Every key of a config is one of four things: a setting of ours, a value that must be what it is
-(another one means a computation that we do not have), a key without an effect on the numbers, or
-unknown. The last kind is refused by name, because a key that is left out silently is a model that
-is wrong silently. Keys that a config leaves out have the defaults of transformers' own classes.
-Keys of the training method are in method_mapping.py. Left out: dropout, which is a setting of a run
-and not of a model, and everything that only generation reads.
+A key of a config is one of four things: a setting of ours, a fixed value (any other would need a
+computation that we do not have), a key without effect on the numbers, or unknown. Unknown keys are
+refused by name, since ignoring one could change the model silently. Missing keys have the defaults
+of transformers' own classes. Keys of the training method are in method_mapping.py. Left out:
+dropout, which belongs to a run and not to a model, and keys that only affect generation.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_ponder.config.resolved import ResolvedConfig
-from megatron_ponder.convert.method_mapping import METHOD_KEYS
-from megatron_ponder.convert.rotary_mapping import build_rope_scaling, read_rotary
-from megatron_ponder.convert.stock_families import (
-    FAMILIES,
+from megatron_ponder.convert.family import (
     MUST_BE,
     NO_EFFECT,
-    OWN_KEYS,
     STOCK_ACTIVATIONS,
     Config,
     Family,
-    family_of,
+    family_names,
+    find_family,
 )
+from megatron_ponder.convert.method_mapping import METHOD_KEYS
+from megatron_ponder.convert.rotary_mapping import build_rope_scaling, read_rotary
 from megatron_ponder.errors import ConversionError
 
 
@@ -31,13 +29,14 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
     """The shape of the model, as settings by name.
 
     Args:
-        config: what config.json holds.
-        ignored_keys: keys that the user says have no effect.
+        config: the content of config.json.
+        ignored_keys: keys that the user declares to have no effect.
 
     Raises:
-        ConversionError: something that we do not compute, all of it at once; or a key is missing.
+        ConversionError: the config needs computations that we do not have (all are named), or
+            lacks a key.
     """
-    family = family_of(config)
+    family = find_family(config.get("model_type"))
     relevant = {key: value for key, value in config.items() if key not in set(ignored_keys)}
     missing = [
         key
@@ -55,7 +54,7 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
     problems = [
         *_values_that_must_be(family, relevant),
         *_unknown_keys(family, relevant),
-        *_windows(known),
+        *_windows(family, known),
     ]
     activation = relevant.get(family.activation_key) or next(iter(family.activations))
     if activation not in family.activations:
@@ -69,7 +68,7 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
         for ours, theirs in family.keys.items()
         if settings[ours] is None
     ]
-    settings |= _biases(config["model_type"], relevant, problems)
+    settings |= _biases(family, relevant, problems)
     tied = relevant.get("tie_word_embeddings")
     is_tied = family.tied_by_default if tied is None else tied
     settings["untie_embeddings_and_output_weights"] = not is_tied
@@ -81,7 +80,7 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
 
 
 def _derived_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What stock classes derive where it is left out."""
+    """Settings that stock classes derive if their keys are missing."""
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     derived = {
         "ffn_hidden_size": 4 * hidden,
@@ -92,7 +91,7 @@ def _derived_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values_that_must_be(family: Family, config: Config) -> Iterator[str]:
-    """Keys whose value means a computation that we do not have."""
+    """Keys with a value that needs a computation that we do not have."""
     if config.get("quantization_config") is not None:
         yield (
             "quantization_config: the weights are quantised; convert the model that they were "
@@ -106,7 +105,7 @@ def _values_that_must_be(family: Family, config: Config) -> Iterator[str]:
 
 
 def _unknown_keys(family: Family, config: Config) -> Iterator[str]:
-    """Keys that nobody here has looked at."""
+    """Keys that this converter does not know."""
     known = {
         *family.keys.values(),
         *family.must_be,
@@ -121,7 +120,7 @@ def _unknown_keys(family: Family, config: Config) -> Iterator[str]:
     if family.rotary_base_key is not None:
         known |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
         known |= {key for key in (family.rotary_base_key, family.rotary_percent_key) if key}
-    known |= OWN_KEYS.get(config["model_type"], frozenset())
+    known |= family.own_keys
     for key, value in config.items():
         if key not in known and value is not None and not key.startswith("_"):
             yield (
@@ -130,11 +129,11 @@ def _unknown_keys(family: Family, config: Config) -> Iterator[str]:
             )
 
 
-def _windows(known: Config) -> Iterator[str]:
-    """Attention that sees only what is near."""
+def _windows(family: Family, known: Config) -> Iterator[str]:
+    """Refuse sliding-window attention."""
     window = known.get("sliding_window")
     longest = known.get("max_position_embeddings")
-    is_used = known.get("use_sliding_window", known["model_type"] == "mistral")
+    is_used = known.get("use_sliding_window", family.uses_window_by_default)
     if is_used and window is not None and window < longest:
         yield (
             f"sliding_window {window}: attention here sees the whole sequence; only null, or at "
@@ -146,9 +145,9 @@ def _windows(known: Config) -> Iterator[str]:
         yield f"layer_types {', '.join(sorted(others))}: only full_attention is supported"
 
 
-def _biases(model_type: str, config: Config, problems: list[str]) -> dict[str, Any]:
+def _biases(family: Family, config: Config, problems: list[str]) -> dict[str, Any]:
     """Llama's and Qwen3's optional biases."""
-    if "attention_bias" not in OWN_KEYS.get(model_type, ()):
+    if "attention_bias" not in family.own_keys:
         return {}
     in_attention, in_mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if in_mlp and not in_attention:
@@ -157,13 +156,13 @@ def _biases(model_type: str, config: Config, problems: list[str]) -> dict[str, A
 
 
 def build_stock_config(run: ResolvedConfig) -> dict[str, Any]:
-    """config.json of the stock class with a resolved run's model; without dtype and token ids.
+    """config.json of the stock class for a run's model, without dtype and token ids.
 
     Raises:
         ConversionError: the stock class does not compute what the run's model computes.
     """
     model = run.model
-    family = FAMILIES[model.architecture]
+    family = find_family(model.architecture)
     values = vars(model)
     config: dict[str, Any] = {
         "model_type": model.architecture,
@@ -172,9 +171,9 @@ def build_stock_config(run: ResolvedConfig) -> dict[str, Any]:
         family.activation_key: STOCK_ACTIVATIONS[model.activation],
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
-        **_stock_dropouts(run),
+        **{theirs: values[ours] for theirs, ours in family.dropout_keys.items()},
     }
-    own = OWN_KEYS.get(model.architecture, frozenset())
+    own = family.own_keys
     if "attention_bias" in own:
         config["attention_bias"] = model.add_bias_linear or model.add_attention_bias
     if "mlp_bias" in own:
@@ -192,36 +191,26 @@ def build_stock_config(run: ResolvedConfig) -> dict[str, Any]:
     return config
 
 
-def _stock_dropouts(run: ResolvedConfig) -> dict[str, float]:
-    """Dropout of further training, under the stock class's keys."""
-    hidden, attention = run.model.hidden_dropout, run.model.attention_dropout
-    if run.model.position_embedding_type == "learned_absolute":
-        return {"resid_pdrop": hidden, "embd_pdrop": hidden, "attn_pdrop": attention}
-    if run.model.normalization == "LayerNorm":
-        return {"hidden_dropout": hidden, "attention_dropout": attention}
-    return {"attention_dropout": attention}
-
-
 def _check_stock_config(config: Config, run: ResolvedConfig) -> None:
-    """Read the config back: what is not the run's own has no place in the stock class."""
+    """Read the config back: a setting that differs is not supported by the stock class."""
     values = vars(run.model)
     try:
-        read = read_model_settings(config)
+        stock = read_model_settings(config)
     except ConversionError as error:
         raise _no_stock_model(run, [str(error)]) from None
     problems = [
-        f"--{name.replace('_', '-')} {values[name]} (the stock class has {read[name]})"
-        for name in read
-        if values[name] != read[name]
+        f"--{name.replace('_', '-')} {values[name]} (the stock class has {stock[name]})"
+        for name in stock
+        if values[name] != stock[name]
     ]
     if problems:
         raise _no_stock_model(run, problems)
 
 
 def _no_stock_model(run: ResolvedConfig, problems: list[str]) -> ConversionError:
-    """Why there is nothing to export to."""
+    """The error of a model without a stock class."""
     return ConversionError(
         f"The model is no stock {run.model.architecture} model, so transformers has no class for "
-        f"it: {'; '.join(problems)}. Train with the settings of one of {', '.join(FAMILIES)}, and "
-        "its name as --architecture."
+        f"it: {'; '.join(problems)}. Train with the settings of a family ("
+        f"{', '.join(family_names())}), and its name as --architecture."
     )

@@ -34,7 +34,8 @@ from megatron_ponder.convert.tokenizer_files import (
     token_ids,
     write_tokenizer,
 )
-from megatron_ponder.convert.weight_names import Rule, rules_of
+from megatron_ponder.convert.weight_names import rules_of
+from megatron_ponder.convert.weight_rules import Rule
 from megatron_ponder.runtime.distributed import running
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def _convert(
     reader: ParameterReader,
     config: ResolvedConfig,
     dtype: torch.dtype,
-    bar: tqdm,
+    bar: "tqdm[Any]",
 ) -> Iterator[Tensor]:
     """The tensors of a file, one parameter at a time."""
     for rule in rules:

@@ -19,7 +19,7 @@ def new_folder(target: Path, flag: str, *, overwrite: bool, keep_out: Path) -> I
         target: the folder to make.
         flag: that it was given by.
         overwrite: whether it may be there already.
-        keep_out: what is read, which must not lie in what is replaced.
+        keep_out: a folder being read, which must not lie inside the replaced one.
 
     Raises:
         ConversionError: it is there, or cannot be written.
@@ -59,7 +59,9 @@ def _check_target(target: Path, flag: str, overwrite: bool, keep_out: Path) -> N
     if not target.is_dir():
         raise ConversionError(f"{flag} {target}: is a file. Give a folder.")
     if keep_out == target or target in keep_out.parents:
-        raise ConversionError(f"{flag} {target}: holds {keep_out}, which is read. Give another.")
+        raise ConversionError(
+            f"{flag} {target}: contains the source, {keep_out}. Give another folder."
+        )
     if any(target.iterdir()) and not overwrite:
         raise ConversionError(
             f"{flag} {target}: is there and not empty. Give another folder, or --overwrite."

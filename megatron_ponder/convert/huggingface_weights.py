@@ -1,9 +1,9 @@
-"""Weight files of a Hugging Face folder: read tensor by tensor, written tensor by tensor.
+"""Weight files of a Hugging Face folder, read and written one tensor at a time.
 
 Reading: safetensors, one file or several with an index; or PyTorch's .bin files, of which only the
-kind that torch loads without running code from them (`weights_only`). Everything that headers tell
-is checked before the first tensor is read. Writing: safetensors only, streamed, because the
-library's own writer wants all tensors of a file in memory, twice.
+kind that torch loads without running code from them (`weights_only`). All headers are checked
+before the first tensor is read. Writing: safetensors only, streamed, because the library's own
+writer needs all tensors of a file in memory, twice.
 """
 
 import contextlib
@@ -71,7 +71,8 @@ class WeightFiles:
         if stored.file in self._mapped:
             return self._mapped[stored.file][stored.name]
         with _as_conversion_error(stored.file), safe_open(stored.file, "pt") as file:
-            return file.get_tensor(stored.name)
+            tensor: Tensor = file.get_tensor(stored.name)
+            return tensor
 
     def _find(self, folder: Path) -> Iterator[StoredTensor]:
         """Everything in the folder's weight files."""

@@ -27,13 +27,14 @@ from megatron_ponder.convert import verification
 from megatron_ponder.convert.config_mapping import read_model_settings
 from megatron_ponder.convert.exported_code import auto_map
 from megatron_ponder.convert.exporting import build_huggingface_config
+from megatron_ponder.convert.family import find_family
 from megatron_ponder.convert.folders import check_space, new_folder
 from megatron_ponder.convert.huggingface_weights import WeightFiles
 from megatron_ponder.convert.method_mapping import MethodOfSource, read_method
 from megatron_ponder.convert.options import ImportOptions
 from megatron_ponder.convert.stored_parameters import StoredParameters, write_parameters
 from megatron_ponder.convert.tokenizer_files import find_tokenizer
-from megatron_ponder.convert.weight_names import BASE_PREFIXES, HEADS, rules_of
+from megatron_ponder.convert.weight_names import rules_of
 from megatron_ponder.errors import ConversionError
 from megatron_ponder.runtime.distributed import running
 
@@ -55,7 +56,8 @@ def import_checkpoint(options: ImportOptions) -> None:
     method = read_method(stored, _asked_method(options))
     _check_code(stored, options)
     architecture = settings["architecture"]
-    files = WeightFiles(folder, BASE_PREFIXES[architecture], HEADS[architecture])
+    family = find_family(architecture)
+    files = WeightFiles(folder, family.base_prefix, family.head)
     config = _build_config(options, settings, method, files)
     logger.info("%s, method %s (%s)", architecture, method.source["method"], method.remark)
     if options.verify:
@@ -212,7 +214,7 @@ class _Weights:
                     problems.append(f"{name} is missing")
                 elif list(stored.shape) != shape:
                     problems.append(f"{name} has shape {list(stored.shape)}, must have {shape}")
-        repeated = unused.pop(HEADS[self._model.architecture], None)
+        repeated = unused.pop(find_family(self._model.architecture).head, None)
         problems += [f"{name} has no place in the model" for name in unused]
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

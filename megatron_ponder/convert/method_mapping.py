@@ -1,4 +1,4 @@
-"""The training method in a Hugging Face config: two families of keys, read and written.
+"""The training method in a Hugging Face config.
 
 The authors' code writes `recurrent_model`, `num_latent_thoughts`, `num_jacobi_iterations`,
 `random_jacobi_iterations`, `scale_embeds`, `interpolation`, `interpolation_use_topk` and
@@ -15,6 +15,7 @@ from typing import Any
 from megatron_ponder.config.presets import PRESETS
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import MethodConfig
+from megatron_ponder.convert.family import find_family
 from megatron_ponder.errors import ConversionError
 
 OLD_KEYS = {
@@ -40,10 +41,6 @@ SETTINGS = (
 """Settings of the method that a config holds, besides `method` itself."""
 METHOD_KEYS = frozenset({"method", "recurrent_model", *SETTINGS, *OLD_KEYS.values()})
 
-_AUTHORS_SETTINGS: dict[str, dict[str, Any]] = {
-    "gpt_neox": {"ponderlm_feedback": "hidden", "pause_always_scales": False}
-}
-"""What the authors' modelling files of an architecture do whatever the config says."""
 _RECIPE_SETTINGS = (
     "min_jacobi_iterations",
     "max_jacobi_iterations",
@@ -54,10 +51,10 @@ _RECIPE_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodOfSource:
-    """What a folder's model computes, and what is to be trained from it."""
+    """The method of a folder's model, and the method to continue with."""
 
     source: dict[str, Any]
-    """Settings under which the weights compute what they were made for."""
+    """Settings under which the weights were trained."""
     result: dict[str, Any]
     """Settings to store."""
     remark: str
@@ -68,7 +65,7 @@ def read_method(config: Mapping[str, Any], asked: Mapping[str, Any]) -> MethodOf
     """The method of a config, changed as asked.
 
     Args:
-        config: what config.json holds.
+        config: the content of config.json.
         asked: settings that the user gave, `method` among them or not.
 
     Raises:
@@ -111,10 +108,10 @@ def _find_method(config: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[s
 def _read_settings(
     config: Mapping[str, Any], method: str, asked: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Settings that a forward of the source reads."""
+    """Settings that the source's forward depends on."""
     stated = _stated(config)
     completed = {
-        **_AUTHORS_SETTINGS.get(str(config.get("model_type")), {}),
+        **find_family(config.get("model_type")).authors_settings,
         **{name: value for name, value in asked.items() if name in SETTINGS},
         **stated,
     }
@@ -158,11 +155,11 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the authors' recipes have different for the architecture, from its presets."""
+    """Settings in which the authors' recipes for the architecture differ, from its presets."""
     for preset in PRESETS.values():
         if preset["architecture"] == config.get("model_type"):
             recipe = {name: preset[name] for name in _RECIPE_SETTINGS if name in preset}
-            return recipe | _AUTHORS_SETTINGS.get(preset["architecture"], {})
+            return recipe | find_family(config.get("model_type")).authors_settings
     return {}
 
 

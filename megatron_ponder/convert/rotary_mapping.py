@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ponder.config.resolved import ResolvedModelConfig
-from megatron_ponder.convert.stock_families import Config, Family
+from megatron_ponder.convert.family import Config, Family
 
 DEFAULT_ROTARY_BASE = 10000.0
 _SCALING_KEYS = {

@@ -365,7 +365,7 @@ class _GroupingWriter(dcp.FileSystemWriter):
             written = super().write_data(part, planner)
             written.wait()
             results += written.value()
-        done: torch.futures.Future = torch.futures.Future()
+        done: torch.futures.Future[Any] = torch.futures.Future()
         done.set_result(results)
         return done
 

@@ -80,7 +80,9 @@ def native_logits(
             parameter.copy_(parameter.to(rounded_to))
     model.eval()
     plan = model.method.plan(config.method.num_jacobi_iterations)
-    logits = model(ids.to(device()), None, plan)[..., : config.model.vocab_size].float().cpu()
+    logits: Tensor = (
+        model(ids.to(device()), None, plan)[..., : config.model.vocab_size].float().cpu()
+    )
     return logits
 
 
@@ -116,7 +118,7 @@ def folder_logits(
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConversionError(f"{folder}: transformers cannot load it: {error}") from None
     model.eval()
-    logits = model(input_ids=ids, use_cache=False).logits.float()
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
     return logits
 
 

@@ -121,7 +121,7 @@ class _Cached(Continuation):
         tokens = _padded(prompts)
         self._lengths = [len(prompt) for prompt in prompts]
         embeddings = self._model.embed(tokens)
-        handed_on: Tensor | None = None
+        carry: Tensor | None = None
         for pass_ in self._plan.passes:
             num_slots = tokens.size(1) * pass_.slots_per_token
             if not self._decoding.shares_cache:
@@ -130,28 +130,28 @@ class _Cached(Continuation):
                 self._cache.keep_prompt(0, num_slots)
             else:
                 self._cache.keep_nothing()
-            handed_on = self._model.run_pass(pass_, self._plan, embeddings, handed_on)
-        assert handed_on is not None
-        return _logits_at_ends(self._model, handed_on, self._lengths)
+            carry = self._model.run_pass(pass_, self._plan, embeddings, carry)
+        assert carry is not None
+        return _logits_at_ends(self._model, carry, self._lengths)
 
     @torch.no_grad()
     def add(self, tokens: Sequence[int]) -> Tensor:
         """See Continuation."""
         at = self._places()
         embeddings = self._model.embed(torch.tensor(tokens, device=device())[:, None])
-        handed_on: Tensor | None = None
+        carry: Tensor | None = None
         plan, num_earlier = self._decoding.plan, 0
         for pass_ in plan.passes:
             shares = self._decoding.shares_cache
-            stages = self._plan.passes[-1].slots_per_token if shares else pass_.slots_per_token
-            starts = [length * stages + num_earlier * shares for length in self._lengths]
+            slots = self._plan.passes[-1].slots_per_token if shares else pass_.slots_per_token
+            starts = [length * slots + num_earlier * shares for length in self._lengths]
             cache = 0 if shares else pass_.index
             self._cache.add(cache, starts, pass_.slots_per_token, device())
-            handed_on = self._model.decode_pass(pass_, plan, embeddings, handed_on, at)
+            carry = self._model.decode_pass(pass_, plan, embeddings, carry, at)
             num_earlier += pass_.slots_per_token
-        assert handed_on is not None
+        assert carry is not None
         self._lengths = [length + 1 for length in self._lengths]
-        return whole_logits(self._model, handed_on)[:, 0]
+        return whole_logits(self._model, carry)[:, 0]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """See Continuation."""

@@ -39,7 +39,7 @@ class GrowingText:
     new_ids: list[int] = dataclasses.field(default_factory=list)
     """What was generated, without the end id."""
     finish_reason: str | None = None
-    """Why it ended; None: it goes on."""
+    """Why it ended; None: unfinished."""
 
     @property
     def num_tokens(self) -> int:

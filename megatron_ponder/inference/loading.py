@@ -1,8 +1,8 @@
-"""From a checkpoint folder to a model that can be asked for losses and logits.
+"""Loads a checkpoint folder for evaluation and generation.
 
-The checkpoint says everything about the model. It may have been saved by any layout; it is read by
-one process, or under torchrun by ranks that all share each layer's weights (tensor parallelism): a
-model that is only read needs no other layout here. Left out: Hugging Face folders.
+The checkpoint holds all settings of the model. It may have been saved under any layout. One process
+loads it, or under torchrun several tensor-parallel ranks; inference supports no other layout. Left
+out: Hugging Face folders.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ponder.convert import exported_code
+from megatron_ponder.convert.family import find_family
 from megatron_ponder.convert.remote_code import configuration_ponder, modeling_ponder
 
 CASES = Path(__file__).parents[1] / "golden" / "cases"
@@ -96,7 +97,7 @@ def export_case(name: str, folder: Path, *, is_sharper: bool = False, **settings
 
 def build(architecture: str = "llama", **settings: Any) -> Any:
     """A model in this process, in evaluation mode, that never stops by itself."""
-    prefix = exported_code.CLASS_PREFIXES[architecture]
+    prefix = find_family(architecture).exported_prefix
     model_class = getattr(modeling_ponder, f"{prefix}ForCausalLM")
     config_class = getattr(configuration_ponder, f"{prefix}Config")
     settings = {"method": "ponderlm2", "recurrent_model": True, **settings}

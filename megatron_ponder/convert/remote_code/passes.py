@@ -1,20 +1,20 @@
-"""The methods: which passes through the layers make up a forward, and what each one reads.
+"""The methods: the passes through the layers that make up a forward, and the input of each.
 
-    ponderlm2   K thoughts behind every token, each the normed hidden state at the slot before it:
-                K passes make them, R Jacobi passes refresh all of them at once, one more is read.
-                With `interpolation` a thought is a mixture of embeddings instead.
-    ponderlm    K passes, each followed by adding what it predicts (a mixture of embeddings) to the
-                token embeddings (with `hidden` its hidden state, to its own input); one more is
-                read.
+    ponderlm2   K thoughts after every token, each the normed hidden state at the slot before it: K
+                growth passes create them, R Jacobi passes refresh all of them at once, and one more
+                pass gives the logits. With `interpolation` a thought is a mixture of embeddings.
+    ponderlm    K passes, each followed by adding its prediction (a mixture of embeddings) to the
+                token embeddings (with `hidden` its hidden state, to its own input); one more pass
+                gives the logits.
     loop        the layers K+1 times in a row; the norm once, at the end, and learned positions
                 once, at the start.
-    pause       K pause tokens behind every token, one pass.
+    pause       K pause tokens after every token, one pass.
     vanilla     one pass.
 
-Slots of a token lie together, share its position and are read at the last one. With a cache, all
-but ponderlm2 give the numbers that they give without. ponderlm2 keeps the thoughts of a prompt (or
-of a part of it) as R rounds left them, and later tokens see those; a single new token is computed
-slot by slot, exactly.
+The slots of a token lie together and share its position; its last slot gives the logits. With a
+cache all methods but ponderlm2 compute the same numbers as without. ponderlm2 keeps the thoughts of
+a prompt (or of a part of it) after R rounds, and later tokens attend to those; a single new token
+is computed slot by slot, exactly.
 
 Shapes: b batch, s new tokens, n slots per token, h hidden, v vocabulary.
 """
@@ -136,11 +136,11 @@ def ponderlm2(passes: Passes) -> Output:
     if passes.keeps and tokens.size(1) == 1:
         return _slot_by_slot(passes)
 
-    def next_thoughts(thoughts: Tensor | None, slots_per_token: int, num_read: int) -> Tensor:
+    def next_thoughts(thoughts: Tensor | None, slots_per_token: int, num_outputs: int) -> Tensor:
         hidden = passes.run(interleave(tokens, thoughts), slots_per_token).last_hidden_state
-        # [b, s * n, h] -> [b, s, n, h] -> [b, s, read, h]
-        read = hidden.unflatten(1, (-1, slots_per_token))[:, :, :num_read]
-        return passes.mix(read) if config.mixes_embeddings else read
+        # [b, s * n, h] -> [b, s, n, h] -> [b, s, outputs, h]
+        outputs = hidden.unflatten(1, (-1, slots_per_token))[:, :, :num_outputs]
+        return passes.mix(outputs) if config.mixes_embeddings else outputs
 
     thoughts: Tensor | None = None
     for i in range(k):
@@ -158,10 +158,10 @@ def ponderlm2(passes: Passes) -> Output:
 
 
 def _slot_by_slot(passes: Passes) -> Output:
-    """K+1 runs over one slot, each fed with what the one before gave."""
+    """K+1 passes over one slot; the output of each is the input of the next."""
     config, slot = passes.config, passes.tokens
-    for stage in range(config.num_latent_thoughts):
-        slot = passes.run(slot, stage + 1, keeps=True).last_hidden_state
+    for thought in range(config.num_latent_thoughts):
+        slot = passes.run(slot, thought + 1, keeps=True).last_hidden_state
         slot = passes.mix(slot) if config.mixes_embeddings else slot
     last = passes.run(slot, config.slots_per_token, keeps=True, is_last=True)
     return Output(hidden=last.last_hidden_state, last_pass=last)

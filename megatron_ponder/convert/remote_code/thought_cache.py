@@ -101,7 +101,7 @@ class ThoughtCache(Cache):
         if self.max_tokens is None:
             self._start(self.config)
             return
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.num_tokens = 0
         self.jacobi_iterations = []
 
@@ -115,7 +115,7 @@ class SeenLayer(DynamicLayer):
     """
 
     def __init__(self, layer: Any, num_slots: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys: Tensor = layer.keys[:, :, :num_slots]
         self.values: Tensor = layer.values[:, :, :num_slots]
         self.is_initialized = True
@@ -164,4 +164,5 @@ def as_thought_cache(cache: Any, config: Any) -> ThoughtCache:
     del cache.layers, cache.layer_class_to_replicate
     cache.__class__ = ThoughtCache
     ThoughtCache.__init__(cache, config, max_tokens=max_tokens, offloading=offloading)
+    assert isinstance(cache, ThoughtCache)
     return cache
