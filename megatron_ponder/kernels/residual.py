@@ -12,7 +12,7 @@
         add_and_norm            dx = dy = dt + (gradient through the norm);
                                 dc = sum of dx over all rows
 
-In the composed version each bias add is a kernel launch, each norm loads what was just stored, and
+In the composed form each bias add is a kernel launch, each norm loads what was just stored, and
 autograd sums the gradients of all uses of x. On CUDA, the backward of torch's norms loads dy and x
 twice, once for dx and once for the weights. With Triton each function is one launch forward and one
 backward, plus a small sum of the partial gradients of the parameters. A sum is rounded once. The

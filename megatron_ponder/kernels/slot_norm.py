@@ -9,7 +9,7 @@ For token t, slots first..first+m-1 of n, and x = hidden[t * n + first + i]:
         dx = r (g - [mean(g), LayerNorm only] - u mean(g u))       0 at the other slots
         dw = sum of dy u;   dc = sum of dy                          over the selected rows
 
-The arithmetic is fp32; y, dx and the parameters' gradients are rounded once. The composed version
+The arithmetic is fp32; y, dx and the parameters' gradients are rounded once. The composed form
 copies the selected slots, norms the copy, and in the backward copies the gradient into a tensor of
 zeros. Per selected element of e bytes it moves 4 e forward and (3 + 1 + n / m + 2) e backward; the
 kernel moves 2 e and (2 + n / m) e. If m = n there is nothing to fuse, and torch's own norms run.

@@ -1,8 +1,8 @@
 """Accumulate a linear layer's weight gradient into an fp32 buffer, dW += dy^T x, in one GEMM.
 
-The composed version rounds dy^T x to bf16 and adds it in a second kernel, which loads and stores
+The composed form rounds dy^T x to bf16 and adds it in a second kernel, which loads and stores
 the fp32 buffer once more. cuBLAS accumulates inside the GEMM, in fp32 for bf16 inputs. torch
-exposes this on CUDA (`addmm` with `out_dtype`). On other devices the composed version runs.
+exposes this on CUDA (`addmm` with `out_dtype`). On other devices the composed form runs.
 """
 
 import torch

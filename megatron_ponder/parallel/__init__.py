@@ -1,1 +1,1 @@
-"""Micro-batches and gradients over ranks."""
+"""Runs micro-batches on the ranks of a layout, and reduces their gradients."""

@@ -1,14 +1,15 @@
-"""What travels between pipeline stages, with shapes that everybody knows from the plan.
+"""Point-to-point communication between pipeline stages, with message shapes known from the plan.
 
-megatron-core's schedule asks for a message without knowing its length, which differs between passes
-here, and its own way of sending lengths first mismatches them where two stages are both neighbours
-of each other. Nothing has to be asked: a stage's messages arrive in the order in which its
-neighbour computes them, and that order and every length follow from the chunks.
+The length of a message differs between passes, and megatron-core's schedule does not know it when
+it requests a receive. megatron-core can send the lengths first, but with two stages, where the
+previous and the next rank are the same, it mismatches them. We need no such exchange. A stage
+receives messages in the order in which its neighbour computes them, and the list of chunks
+determines this order and every length.
 
-Activations and gradients travel in process groups of their own, so that each is in order. Only
-receives are waited for at once. A send is kept until the schedule cannot have come this far without
-its arrival: waiting for it earlier would deadlock where two stages send to each other, as gloo ends
-a send when it is received.
+Activations and gradients use separate process groups, so each kind arrives in order. A receive is
+waited for when its message is needed. A send is kept, and waited for only once the schedule
+guarantees that it has been received. Waiting earlier would deadlock if two stages send to each
+other, because a gloo send does not complete until it is received.
 """
 
 import collections
@@ -30,19 +31,19 @@ from megatron_ponder.ponder.chunks import (
 from megatron_ponder.runtime.distributed import backward_pipeline_group, process_groups
 
 Lengths = Iterator[int | None]
-"""Slots per token of the messages to come; None for one that is never sent."""
+"""Vectors per token of each expected message, in order; None for a message that is never sent."""
 Sends = collections.deque[tuple[dist.Work, Tensor]]
-"""Messages on their way, oldest first."""
+"""Sends that are not known to be complete, oldest first."""
 
 
 class PassCommunicator(P2PCommunicator):
     """Sends and receives for one step of one plan.
 
     Args:
-        config: the schedule's.
+        config: the config of the schedule.
         chunks: all chunks of the plan.
-        num_microbatches: of the step.
-        num_tokens_local: tokens of which a rank has the slots.
+        num_microbatches: micro-batches of the step.
+        num_tokens_local: tokens whose slots are on this rank.
         micro_batch_size: sequences in a micro-batch.
         forward_only: whether there is no backward.
     """
@@ -72,7 +73,7 @@ class PassCommunicator(P2PCommunicator):
         self._sent_gradients: Sends = collections.deque()
 
     def finish(self) -> None:
-        """Wait until everything sent has arrived, and check that everything expected has come."""
+        """Wait for all sends to complete, and check that every expected message was received."""
         for sends in (self._sent_activations, self._sent_gradients):
             while sends:
                 sends.popleft()[0].wait()
@@ -90,11 +91,12 @@ class PassCommunicator(P2PCommunicator):
         tensor_shape: object,
         wait_on_reqs: bool = True,
     ):
-        """Replaces P2PCommunicator's of the same name; `tensor_shape` is ignored.
+        """Override P2PCommunicator's method; `tensor_shape` is ignored.
 
         Returns:
-            The received activation and gradient, None where there is none; and where receives are
-            not waited for, a handle for each that was asked for, by megatron-core's names.
+            The received activation and the received gradient, each None if there is none. Third,
+            None if `wait_on_reqs`; otherwise one handle per requested receive, under
+            megatron-core's names.
         """
         activation, activation_handle = self._exchange(
             tensor_send_next,
@@ -132,7 +134,7 @@ class PassCommunicator(P2PCommunicator):
         group: dist.ProcessGroup,
         sends: Sends,
     ) -> tuple[Tensor | None, "_Handle"]:
-        """One direction: send to one neighbour and receive from the other, together."""
+        """Send to one neighbour and receive from the other in one batch, in one direction."""
         ops = []
         if sent is not None:
             sent = sent.detach().contiguous()
@@ -140,7 +142,7 @@ class PassCommunicator(P2PCommunicator):
         if received is not None:
             ops.append(dist.P2POp(dist.irecv, received.detach(), from_rank, group))
         works = dist.batch_isend_irecv(ops) if ops else []
-        # nccl gives one handle for the batch, gloo one for each operation in order.
+        # nccl returns one handle for the batch; gloo returns one per operation, in order.
         if sent is not None:
             sends.append((works[0], sent))
             if len(sends) > self._max_sends:
@@ -148,7 +150,7 @@ class PassCommunicator(P2PCommunicator):
         return received, _Handle(works[-1] if received is not None else None)
 
     def _empty(self, slots_per_token: int | None) -> Tensor | None:
-        """A tensor for a message of so many slots per token; None for one that is not sent."""
+        """Buffer for a message with this many slots per token; None if the message is not sent."""
         if slots_per_token is None:
             return None
         return torch.empty(
@@ -162,13 +164,13 @@ class PassCommunicator(P2PCommunicator):
 
 
 class _Handle:
-    """What the schedule waits on before it uses what was received."""
+    """The schedule waits on this before it uses a received tensor."""
 
     def __init__(self, work: dist.Work | None) -> None:
         self._work = work
 
     def wait(self) -> None:
-        """Wait for the message; nothing if there is none."""
+        """Wait for the message, if there is one."""
         if self._work is not None:
             self._work.wait()
 
@@ -176,18 +178,19 @@ class _Handle:
 def _activation_lengths(
     order: Sequence[Chunk], chunks: Sequence[Chunk], *, is_first: bool
 ) -> Lengths:
-    """Of the activations that a stage receives, in order.
+    """Lengths of the activations that a stage receives, in order.
 
-    The first stage receives what the last one hands on from each chunk but the last.
+    The first stage receives the output of each chunk but the last from the last stage.
     """
     producers = [c for c in order if not is_first or c is not chunks[-1]]
     return iter([activation_sent(chunks, c, is_last_stage=is_first) for c in producers])
 
 
 def _gradient_lengths(order: Sequence[Chunk], chunks: Sequence[Chunk], *, is_last: bool) -> Lengths:
-    """Of the gradients that a stage receives, in order; the backward takes chunks from the last.
+    """Lengths of the gradients that a stage receives, in order: the backward reverses the chunks.
 
-    The last stage receives, from the first, the gradient of what it handed on to each chunk.
+    The last stage receives, from the first stage, the gradient of the input of each chunk but the
+    first.
     """
     senders = [chunks[-1 - c.index] for c in order]
     senders = [c for c in senders if not is_last or c.index > 0]

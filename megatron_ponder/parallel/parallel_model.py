@@ -1,13 +1,14 @@
 """This rank's part of the model, with its gradient buffers.
 
-Usually one chunk of layers; several where a pipeline rank has virtual stages. megatron-core's DDP
-keeps each chunk's gradients and reduces them over the data-parallel ranks.
+A rank usually has one layer chunk, and several if its pipeline rank has virtual stages. Each layer
+chunk is wrapped in megatron-core's DDP, which stores its gradients and reduces them over the
+data-parallel ranks.
 
-Overlapped reduction starts when the gradients of a bucket are complete, which megatron-core tells
-by counting calls of each parameter's gradient hook and comparing with the first step. The hook is
-called once per backward call: once per micro-batch where all passes are one graph, and once per
-pass where each pass has a backward of its own, as a pipeline chunk or behind recomputation. There
-the count is right only if every step has as many passes as the first.
+Overlapped reduction of a bucket starts when its gradients are complete. megatron-core detects this
+by counting the calls of each parameter's gradient hook and comparing with the first step. The hook
+runs once per backward call: once per micro-batch if all passes are one graph, and once per pass if
+each pass has its own backward call, as with pipeline chunks or with recomputed passes. In the
+second case the count is correct only if every step has as many passes as the first.
 """
 
 import dataclasses
@@ -28,18 +29,18 @@ from megatron_ponder.runtime.distributed import process_groups
 
 @dataclasses.dataclass(frozen=True)
 class ParallelModel:
-    """The chunks of layers on this rank, in the order of the model."""
+    """The layer chunks on this rank, in model order."""
 
     chunks: list[DistributedDataParallel]
 
     @property
     def modules(self) -> list[PonderGPTModel]:
-        """The chunks without their wrapping."""
+        """The layer chunks without their DDP wrappers."""
         return [chunk.module for chunk in self.chunks]
 
     @property
     def method(self) -> Method:
-        """What the model is trained with."""
+        """The training method of the model."""
         return self.modules[0].method
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -49,18 +50,18 @@ class ParallelModel:
                 yield name_in_whole_model(name, module), parameter
 
     def train(self, mode: bool = True) -> None:
-        """Switch dropout and recomputation on or off."""
+        """Switch between training and evaluation mode: dropout and recomputation on or off."""
         for chunk in self.chunks:
             chunk.train(mode)
 
     def zero_grad_buffer(self) -> None:
-        """Start a step."""
+        """Zero the gradient buffers at the start of a step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients are added up and not reduced."""
+        """Inside the context, gradients are accumulated and not reduced."""
         with ExitStack() as stack:
             for chunk in self.chunks:
                 stack.enter_context(chunk.no_sync())
@@ -68,19 +69,19 @@ class ParallelModel:
 
 
 def build_parallel_model(config: ResolvedConfig) -> ParallelModel:
-    """This rank's part of a resolved run's model, with initial weights.
+    """Build this rank's part of a resolved run's model, with initial weights.
 
     Raises:
-        ConfigError: the method is unknown, or the overlap asked for would not be exact.
+        ConfigError: the method is unknown, or the requested overlap would not be exact.
     """
     return wrap_data_parallel(build_model_chunks(config), config)
 
 
 def wrap_data_parallel(modules: list[PonderGPTModel], config: ResolvedConfig) -> ParallelModel:
-    """megatron-core's DDP around each chunk, with gradients kept and reduced in fp32.
+    """Wrap each layer chunk in megatron-core's DDP, with gradients stored and reduced in fp32.
 
     Raises:
-        ConfigError: the overlap asked for would not be exact.
+        ConfigError: the requested overlap would not be exact.
     """
     parallel = config.parallel
     if parallel.overlap_grad_reduce:

@@ -1,12 +1,13 @@
-"""One step's forward and backward over all micro-batches, on megatron-core's schedules.
+"""Forward and backward of one step over all micro-batches, on megatron-core's schedules.
 
-The caller gives micro-batches and a plan, and gets back the loss; gradients are left, summed over
-data-parallel ranks and divided by the number of tokens of the whole global batch, in the model's
-gradient buffers.
+The caller passes micro-batches and a plan, and receives the loss. The gradients are left in the
+model's gradient buffers, summed over data-parallel ranks and divided by the number of tokens in the
+global batch.
 
-On one pipeline stage a micro-batch runs all passes. On several, every pass is a chunk of the
-interleaved schedule (`ponder.chunks`): the modules that the schedule sees are made anew each step,
-one per chunk, around the same weights, so that the number of passes may change from step to step.
+With one pipeline stage, a micro-batch runs all passes at once. With several stages, every pass is a
+chunk of the interleaved schedule (`ponder.chunks`). Each step builds one module per chunk for the
+schedule; all of them share the same weights. The number of passes may therefore change from step to
+step.
 """
 
 import copy
@@ -49,7 +50,7 @@ def run_microbatches(
     forward_only: bool = False,
     overlap_p2p_communication: bool = False,
 ) -> Tensor:
-    """Forward, and unless `forward_only` backward, of `num_microbatches` micro-batches.
+    """Run the forward and, unless `forward_only`, the backward of `num_microbatches` micro-batches.
 
     Args:
         model: this rank's part; its gradient buffers must be zero.
@@ -58,15 +59,15 @@ def run_microbatches(
         plan: the same for all micro-batches and all ranks.
         num_microbatches: micro-batches on each data-parallel rank; with several pipeline stages a
             multiple of their number.
-        micro_batch_size: sequences in each.
+        micro_batch_size: sequences in each micro-batch.
         seq_length: tokens in each sequence.
-        forward_only: evaluation.
-        overlap_p2p_communication: whether stages compute while messages travel.
+        forward_only: skip the backward, for evaluation.
+        overlap_p2p_communication: whether stages overlap computation and communication.
 
     Returns:
         fp64 [2] on this rank's device: the sum of the loss over this rank's unmasked tokens, and
-        their number; zero but on the last pipeline stage. Nothing has been reduced over ranks, and
-        nothing has waited for the device.
+        their number. Both are zero except on the last pipeline stage. They are not reduced over
+        ranks, and the call does no device synchronisation.
     """
     config = _schedule_config(model)
     prepared = map(_prepare, batches)
@@ -93,10 +94,10 @@ def _run_pipeline(
     overlaps: bool,
     common: dict[str, Any],
 ) -> Tensor:
-    """Several pipeline stages: every pass is a chunk, and replays the same micro-batches.
+    """Run several pipeline stages: every pass is a chunk and uses the same micro-batches.
 
-    A single chunk (vanilla) runs megatron-core's schedule for one, which starts its backward sooner
-    and has nothing to overlap.
+    A single chunk (vanilla) runs megatron-core's non-interleaved schedule, which starts its
+    backward sooner and has nothing to overlap.
     """
     chunks = cut_into_chunks(plan, len(model.chunks))
     scheduled = [_Scheduled(config, model.chunks[c.layer_chunk], plan, c.pass_) for c in chunks]
@@ -135,14 +136,14 @@ def _run_pipeline(
     return _total(losses)
 
 
-def add_up_over_ranks(totals: Tensor) -> Tensor:
-    """Sums of `run_microbatches` over all ranks, in place.
+def all_reduce_totals(totals: Tensor) -> Tensor:
+    """All-reduce the totals of `run_microbatches` over all ranks, in place.
 
-    Ranks of one tensor-parallel group hold the same loss: only the first of them contributes. Of a
-    pipeline only the last stage has one.
+    All ranks of a tensor-parallel group hold the same loss, so only the first of them contributes.
+    In a pipeline, only the last stage has a loss.
 
     Args:
-        totals: fp64; columns behind the first two are summed over all ranks.
+        totals: fp64; entries after the first two are summed over all ranks.
     """
     if ranks().tensor_parallel_rank != 0:
         totals[:2] = 0
@@ -151,13 +152,13 @@ def add_up_over_ranks(totals: Tensor) -> Tensor:
 
 
 class _Scheduled(torch.nn.Module):
-    """What megatron-core's schedules take for a model: one pass, or a whole forward.
+    """The module that a megatron-core schedule runs as its model: one pass, or a whole forward.
 
     Args:
-        config: the schedule's.
-        chunk: the weights.
+        config: the config of the schedule.
+        chunk: the layer chunk with the weights.
         plan: the passes.
-        pass_: the pass that it runs; None: all.
+        pass_: the pass to run; None: all passes.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -177,11 +178,11 @@ class _Scheduled(torch.nn.Module):
         self._received: Tensor | None = None
 
     def set_input_tensor(self, input_tensors: list[Tensor | None]) -> None:
-        """What the schedule received for the next forward."""
+        """Store the tensor that the schedule received for the next forward."""
         (self._received,) = input_tensors
 
     def forward(self, batch: Batch) -> Tensor:
-        """Token losses, or what goes to the next stage."""
+        """Return token losses, or the output for the next stage."""
         tokens, labels = batch["tokens"], batch["labels"]
         if self._pass is None:
             output: Tensor = self._model(tokens, labels, self._plan)
@@ -193,10 +194,10 @@ class _Scheduled(torch.nn.Module):
 
 
 def _schedule_config(model: ParallelModel) -> TransformerConfig:
-    """The schedule's own copy of the config.
+    """A copy of the model's config for the schedule.
 
-    The model's own must not be given as many virtual stages as there are passes: megatron-core
-    takes the numbers of the layers from it.
+    The schedule needs one virtual stage per chunk. The model's own config must not have these,
+    because megatron-core derives the layer numbers from it.
     """
     config = copy.copy(model.modules[0].config)
     config.no_sync_func = model.no_sync
@@ -212,14 +213,15 @@ def _schedule_config(model: ParallelModel) -> TransformerConfig:
 
 
 def _divide_gradients(model: ParallelModel, num_tokens: Tensor) -> None:
-    """By the number of tokens of the global batch.
+    """Divide the gradients by the number of tokens in the global batch.
 
-    `finalize_model_grads` would do it if it were given the number, but asks on the host whether it
-    is above zero (megatron-core 0.16.1), and waits for the device.
+    `finalize_model_grads` can do this too, but checks on the host whether the number is above zero
+    (megatron-core 0.16.1), which is a device synchronisation.
 
     Args:
-        model: its gradients are reduced over ranks.
-        num_tokens: int32 [], of this rank's micro-batches; counts on the last pipeline stage only.
+        model: its gradients are already reduced over ranks.
+        num_tokens: int32 [], tokens in this rank's micro-batches; only the last pipeline stage's
+            value is used.
     """
     groups = process_groups()
     last_stage = dist.get_process_group_ranks(groups.pp)[-1]
@@ -230,7 +232,7 @@ def _divide_gradients(model: ParallelModel, num_tokens: Tensor) -> None:
 
 
 def _prepare(batch: Batch) -> Batch:
-    """A micro-batch on this rank's device, and of its sequences this rank's part."""
+    """Move a micro-batch to this rank's device, and keep this rank's shard of its sequences."""
     return {
         name: local_shard(
             tensor.to(device(), non_blocking=True), dim=1, group=context_parallel_group()
@@ -240,13 +242,13 @@ def _prepare(batch: Batch) -> Batch:
 
 
 def _forward_step(batches: Iterator[Batch], model: _Scheduled) -> tuple[Tensor, Callable[..., Any]]:
-    """One micro-batch: what comes out, and how to reduce it if it is a loss."""
+    """Run one micro-batch; return its output, and the function that reduces it to a loss."""
     batch = next(batches)
     return model(batch), functools.partial(_sum_loss, batch["loss_mask"])
 
 
 def _sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The masked sum that is differentiated, the number of tokens, and both for the report."""
+    """The masked loss sum to differentiate, the number of tokens, and both as fp64 [2]."""
     total = (token_losses * loss_mask).sum()
     num_tokens = loss_mask.sum()
     report = torch.stack((total.detach(), num_tokens)).double()
@@ -254,7 +256,7 @@ def _sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _total(losses: list[Tensor]) -> Tensor:
-    """Sum of the reports of all micro-batches; zero on stages that have none."""
+    """Sum of the fp64 [2] of all micro-batches; zero on stages that compute no loss."""
     if not losses:
         return torch.zeros(2, dtype=torch.float64, device=device())
     return torch.stack(losses).sum(dim=0)

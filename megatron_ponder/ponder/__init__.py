@@ -1,1 +1,1 @@
-"""Training methods as plans of passes: pure torch, no communication."""
+"""Training methods, described as plans of passes. Pure torch, no communication."""

@@ -1,15 +1,15 @@
-"""A pass plan cut for a pipeline: every pass becomes one or more virtual pipeline chunks.
+"""Splits a pass plan into chunks for a pipeline: every pass becomes one or more virtual chunks.
 
-A pipeline stage (a rank) holds `v` chunks of layers, usually one. megatron-core's interleaved
-schedule sends what the last stage made of chunk c to the first stage as the input of chunk c+1;
-so if chunk c is a pass instead of another set of layers, the schedule runs passes:
+A pipeline stage (a rank) has `v` layer chunks, usually one. In megatron-core's interleaved
+schedule, the last stage sends its output of chunk c to the first stage, as the input of chunk c+1.
+If chunk c is a pass instead of another set of layers, the schedule runs passes:
 
     chunk c = pass c // v through layer chunk c % v of every stage
 
-All chunks with the same layer chunk share one set of weights. The list of chunks says all that has
-to be known before anything is sent: how many slots per token travel between the stages of a chunk
-and on to the next chunk, and which of them get a gradient back. It is pure arithmetic; the
-schedule, the communicator, the timeline and the memory accounting read the same list.
+All chunks with the same layer chunk share one set of weights. The list of chunks determines every
+message before anything is sent: how many vectors per token are sent between the stages of a chunk
+and to the next chunk, and which of them have a gradient. It is pure arithmetic. The schedule, the
+communicator, the timeline and the memory accounting all use the same list.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ class Chunk:
     """One pass through one chunk of layers on every pipeline stage."""
 
     index: int
-    """Position in the schedule, from 0."""
+    """Position in the forward, from 0."""
     pass_: Pass
     """The pass that runs."""
     layer_chunk: int
-    """Which of each stage's layer chunks it runs through, from 0."""
+    """Index of the layer chunk that it runs on each stage, from 0."""
     is_last_of_pass: bool
     """Whether the last stage ends the pass: final norm, then the carry or the loss."""
     has_grad: bool
-    """Whether the backward goes through it."""
+    """Whether the backward includes this chunk."""
 
     @property
     def sent_per_token(self) -> int:
@@ -47,7 +47,7 @@ class Chunk:
 
 
 def cut_into_chunks(plan: PassPlan, num_layer_chunks: int = 1) -> tuple[Chunk, ...]:
-    """The chunks of a forward in the order in which they depend on each other.
+    """Split a forward into chunks, in the order in which each depends on the one before.
 
     Args:
         plan: the passes.
@@ -72,9 +72,9 @@ def activation_sent(chunks: Sequence[Chunk], chunk: Chunk, *, is_last_stage: boo
     The last stage sends to the first, for the next chunk.
 
     Args:
-        chunks: of the whole plan.
+        chunks: all chunks of the plan.
         chunk: the chunk that has just run.
-        is_last_stage: whether the stage is the last.
+        is_last_stage: whether the sender is the last stage.
     """
     if not is_last_stage:
         return chunk.sent_per_token
@@ -84,12 +84,12 @@ def activation_sent(chunks: Sequence[Chunk], chunk: Chunk, *, is_last_stage: boo
 def gradient_sent(chunks: Sequence[Chunk], chunk: Chunk, *, is_first_stage: bool) -> int:
     """Vectors per token that a stage sends after the backward of a chunk; 0: nothing.
 
-    The first stage sends to the last, for the chunk before.
+    The first stage sends to the last, for the previous chunk.
 
     Args:
-        chunks: of the whole plan.
-        chunk: the chunk whose backward is due.
-        is_first_stage: whether the stage is the first.
+        chunks: all chunks of the plan.
+        chunk: the chunk whose backward has just run.
+        is_first_stage: whether the sender is the first stage.
     """
     if not is_first_stage:
         return chunk.sent_per_token if chunk.has_grad else 0
@@ -99,10 +99,11 @@ def gradient_sent(chunks: Sequence[Chunk], chunk: Chunk, *, is_first_stage: bool
 
 
 def max_sends_kept(num_pipeline_stages: int, num_chunks: int) -> int:
-    """Messages of one direction that a stage may have on the way.
+    """Upper bound on the sends of one direction that may not have been received yet.
 
-    A stage is at most as many chunks of micro-batches ahead of its backward as megatron-core's
-    first stage has in its warm-up, 2 (p - 1) + (chunks - 1) p, and one. A message further back has
-    been received: without it the neighbour could not have sent what has come since.
+    A stage has run at most 2 (p - 1) + (chunks - 1) p + 1 forwards (one chunk of one micro-batch
+    each) whose backward is still due: the warm-up of megatron-core's first stage, plus one. Any
+    older message has been received, because the neighbour needed it to send what this stage has
+    received since.
     """
     return 2 * (num_pipeline_stages - 1) + (num_chunks - 1) * num_pipeline_stages + 1

@@ -1,12 +1,13 @@
-"""What a training method is: a few answers about a forward, none of which needs communication.
+"""The interface of a training method. None of its functions communicates.
 
-A method says which passes there are (`plan`), how a pass's input is made from the token embeddings
-and what the previous pass handed on (`build_input`), what a pass hands on (`build_carry`), and how
-token embeddings are scaled (`embedding_scale`). Under pipeline parallelism `build_input` runs on
-the first stage and `build_carry` on the last, so a method keeps no state between them: whatever
-`build_input` needs must be in the token embeddings or in the carry. What the loss reads is in the
-plan. Generation asks besides what a new token runs (`decoding_plan`, `build_decoding_input`); the
-answers that are here are right for every method. docs/adding-a-method.md walks through a new one.
+A method defines the passes of a forward (`plan`), the input of a pass from the token embeddings and
+the carry (`build_input`), the carry that a pass hands on (`build_carry`), and the scale of the
+token embeddings (`embedding_scale`). Under pipeline parallelism `build_input` runs on the first
+stage and `build_carry` on the last, so a method keeps no state between them. Everything that
+`build_input` needs must be in the token embeddings or in the carry. The plan determines the slots
+that the loss uses. For generation a method also defines the passes of a new token
+(`decoding_plan`, `build_decoding_input`); the defaults here are correct for every method.
+docs/adding-a-method.md is a tutorial.
 
 One file in `ponder/methods/` is one method; `load_method` finds it by name.
 """
@@ -28,25 +29,25 @@ from megatron_ponder.ponder.plan import DecodingPlan, Pass, PassPlan
 METHODS_PACKAGE = "megatron_ponder.ponder.methods"
 
 Mix = Callable[[Tensor], Tensor]
-"""From normed hidden states to softmax(output layer) times the scaled embedding table, slot by
-slot: [slots, b, h] -> [slots, b, h]. The model's; it owns all communication. Only a pass that
-`mixes_embeddings` may call it."""
+"""Maps normed hidden states to softmax(output layer) times the scaled embedding table, slot by
+slot: [slots, b, h] -> [slots, b, h]. The model implements it, including its communication. Only a
+pass with `mixes_embeddings` may call it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
-    """A training method with its settings. Frozen and without tensors."""
+    """A training method with its settings. Frozen; holds no tensors."""
 
     config: MethodConfig
 
     @property
     def default_init_method(self) -> Literal["normal", "small"]:
-        """Initialisation of a model trained with this method, unless the run says otherwise."""
+        """Default initialisation of a model trained with this method; a run can override it."""
         return "small"
 
     @property
     def extra_token_ids(self) -> tuple[int, ...]:
-        """Vocabulary ids that are embedded behind every token, for `build_input`."""
+        """Vocabulary ids whose embeddings follow that of every token, for `build_input`."""
         return ()
 
     @abc.abstractmethod
@@ -55,17 +56,17 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def embedding_scale(self, hidden_size: int) -> float | None:
-        """Factor on token embeddings before it is rounded to their dtype; None: not scaled."""
+        """Factor on token embeddings, before it is rounded to their dtype; None: not scaled."""
 
     @abc.abstractmethod
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
-        """The input of a pass, without learned positions.
+        """Build the input of a pass, without learned positions.
 
         Args:
             pass_: the pass that is about to run.
-            token_embeddings: scaled, [s, b, h] (a local shard under sequence parallelism); with m
-                `extra_token_ids` [s * (m+1), b, h], each token followed by those.
-            carry: what the previous pass handed on, [s * m, b, h]; None before the first.
+            token_embeddings: scaled, [s, b, h] (a local shard under sequence parallelism). With m
+                `extra_token_ids`: [s * (m+1), b, h], each token followed by its extra embeddings.
+            carry: the carry of the previous pass, [s * m, b, h]; None in the first pass.
 
         Returns:
             [s * pass_.slots_per_token, b, h].
@@ -74,46 +75,46 @@ class Method(abc.ABC):
     def build_carry(
         self, pass_: Pass, outputs: Tensor, mix: Mix, pass_input: Tensor | None
     ) -> Tensor:
-        """What this pass hands on to the next.
+        """Build the carry that this pass hands on to the next.
 
         Args:
-            pass_: the pass that has just run, not the last.
+            pass_: the pass that has just run; never the last.
             outputs: its output at `pass_.output_slots`, normed if `pass_.final_norm`:
                 [s * pass_.outputs_per_token, b, h].
             mix: see `Mix`.
-            pass_input: what `build_input` returned for this pass,
+            pass_input: the result of `build_input` for this pass,
                 [s * pass_.slots_per_token, b, h]; None unless `pass_.carries_input`.
 
         Returns:
-            The carry, of the shape of `outputs`; `outputs` itself unless a method overrides this.
+            The carry, with the shape of `outputs`. By default `outputs` itself.
         """
         return outputs
 
     def decoding_plan(self, plan: PassPlan) -> DecodingPlan:
-        """What a new token runs when it is generated.
+        """The passes of a new token in generation.
 
-        Here: the passes of the prompt, each with a cache. That gives what running them over the
-        whole text gives, because no slot depends on later ones.
+        By default these are the passes of the prompt, each with its own cache. The result equals
+        that of running them over the whole text, because no slot depends on later slots.
 
         Args:
-            plan: the prompt's passes.
+            plan: the passes of the prompt.
         """
         return DecodingPlan(plan=plan)
 
     def build_decoding_input(
         self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None
     ) -> Tensor:
-        """`build_input` for a pass of `decoding_plan`, where s is 1."""
+        """Like `build_input`, for a pass of `decoding_plan`; s is 1."""
         return self.build_input(pass_, token_embeddings, carry)
 
 
 def load_method(config: MethodConfig) -> Method:
-    """The method named by `config.method`: a module in `ponder/methods`, or a dotted module name.
+    """Load the method named by `config.method`: a module in `ponder/methods`, or a dotted name.
 
-    The module defines exactly one `Method` subclass of its own.
+    The module must define exactly one subclass of `Method`.
 
     Raises:
-        ConfigError: no such method, or settings that the method refuses.
+        ConfigError: no such method, not exactly one subclass, or settings that the method refuses.
     """
     name = config.method
     module_name = name if "." in name else f"{METHODS_PACKAGE}.{name}"
@@ -123,10 +124,10 @@ def load_method(config: MethodConfig) -> Method:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
-            raise  # the module exists and fails on an import of its own
+            raise  # the module exists, but one of its own imports fails
         raise ConfigError(
-            f"--method {name}: no such method. Known: {', '.join(available)}; or give the dotted "
-            "name of an importable module that defines one."
+            f"--method {name}: no such method. Give one of {', '.join(available)}, or the dotted "
+            "name of an importable module that defines a method."
         ) from None
     classes = [
         c
@@ -135,7 +136,7 @@ def load_method(config: MethodConfig) -> Method:
     ]
     if len(classes) != 1:
         raise ConfigError(
-            f"--method {name}: module {module_name} defines {len(classes)} subclasses of Method, "
-            "exactly one is needed."
+            f"--method {name}: module {module_name} defines {len(classes)} subclasses of Method. "
+            "It must define exactly one."
         )
     return classes[0](config=config)

@@ -1,8 +1,8 @@
-"""The pass plan: which runs through the layers make up one forward, as plain data.
+"""The pass plan: the passes of one forward, as plain data.
 
-A plan is a pure function of (method, K, R). Everything that has to agree about a forward reads it:
-the model that runs it, the pipeline that sends tensors of known shapes between its passes, the FLOP
-and memory accounting. It holds no tensors and knows no architecture.
+A plan is a pure function of (method, K, R). All parts of the code that must agree about a forward
+use it: the model, which runs it; the pipeline, which sends tensors of known shapes between passes;
+and the FLOP and memory accounting. It holds no tensors and does not depend on the architecture.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Pass:
     embeds_tokens: bool = True
     """Whether its input contains the token embeddings; otherwise it is the carry alone."""
     mixes_embeddings: bool = False
-    """Whether its carry is a mixture of embeddings, at two more matmuls with the vocabulary."""
+    """Whether its carry is a mixture of embeddings, which costs two matmuls with the vocabulary."""
     carries_input: bool = False
-    """Whether the carry needs the pass's input, which is then sent beside the hidden states."""
+    """Whether the carry needs the pass's input, which is then sent along with hidden states."""
 
     @property
     def outputs_per_token(self) -> int:
@@ -49,14 +49,14 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassPlan:
-    """All passes of one forward, in order. The loss reads the output of the last."""
+    """All passes of one forward, in order. The loss uses the output of the last."""
 
     passes: tuple[Pass, ...]
     first_grad_pass: int = 0
     """Passes before this one run without a gradient (--jacobi-grad-passes); 0: all have one."""
 
     def __post_init__(self) -> None:
-        """Check what every reader of a plan relies on."""
+        """Check the invariants that all users of a plan rely on."""
         assert self.passes, "a plan has at least one pass"
         assert [p.index for p in self.passes] == list(range(len(self.passes)))
         assert 0 <= self.first_grad_pass < len(self.passes)
@@ -73,7 +73,7 @@ class PassPlan:
 
     @property
     def num_slot_passes(self) -> int:
-        """Sum of slots per token over passes: linear-layer work in units of a vanilla forward.
+        """Sum of slots per token over all passes: linear-layer work in vanilla forwards.
 
         For ponderlm2 it is K(K+1)/2 + (K+1)(R+1).
         """
@@ -81,22 +81,22 @@ class PassPlan:
 
     @property
     def mixes_embeddings(self) -> bool:
-        """Whether a pass needs the embedding table where the output layer is."""
+        """Whether any pass mixes, which needs the embedding table on the output layer's rank."""
         return any(p.mixes_embeddings for p in self.passes)
 
     def is_last(self, pass_: Pass) -> bool:
-        """Whether the loss reads this pass."""
+        """Whether this is the pass that gives the loss."""
         return pass_.index == len(self.passes) - 1
 
     def has_grad(self, pass_: Pass) -> bool:
-        """Whether the backward goes through this pass."""
+        """Whether the backward includes this pass."""
         return pass_.index >= self.first_grad_pass
 
     def is_recomputed(self, pass_: Pass, training: ResolvedTrainingConfig) -> bool:
-        """Whether the backward computes a whole pass again (--recompute-granularity pass).
+        """Whether the backward recomputes this whole pass (--recompute-granularity pass).
 
-        The first ones with a gradient are, and never the last: the backward begins with it, so
-        dropping its activations would save nothing.
+        The first passes with a gradient are recomputed. The last pass never is: the backward starts
+        with it, so dropping its activations would not reduce the peak memory.
         """
         is_by_pass = training.recompute_granularity == "pass"
         if not is_by_pass or self.is_last(pass_) or not self.has_grad(pass_):
@@ -105,23 +105,21 @@ class PassPlan:
         return num_passes is None or pass_.index - self.first_grad_pass < num_passes
 
     def with_grad_passes(self, num_passes: int | None) -> "PassPlan":
-        """The same passes, of which the last `num_passes` have a gradient; None: all."""
+        """The same passes, with a gradient in the last `num_passes` only; None: in all."""
         first = 0 if num_passes is None else max(0, len(self.passes) - num_passes)
         return dataclasses.replace(self, first_grad_pass=first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingPlan:
-    """What one new token takes behind tokens whose keys and values are kept, and where.
+    """The passes of one new token in generation, and the caches that they use.
 
     A cache holds the keys and values of earlier slots, per layer. The prompt runs all passes of its
-    plan; then every new token runs `plan` by itself, each pass attending to a cache and adding its
-    own slots to it.
+    own plan. Then each new token runs `plan`; every pass attends to a cache and appends its slots.
     """
 
     plan: PassPlan
     """The passes of a new token; the last gives its logits."""
     shares_cache: bool = False
-    """Whether there is one cache, that of the prompt's last pass, which a new token's passes fill
-    up one after the other. Otherwise every pass has a cache of its own, the prompt's pass i and a
-    new token's pass i the same."""
+    """Whether all passes of a new token append to one cache, that of the prompt's last pass.
+    Otherwise there is one cache per pass, and pass i of a new token uses that of prompt pass i."""

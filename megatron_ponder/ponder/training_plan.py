@@ -1,4 +1,4 @@
-"""Which passes a training iteration runs, and when a random number of them is refused."""
+"""The passes of a training iteration, and the settings that do not support a random R."""
 
 import hashlib
 
@@ -10,9 +10,9 @@ from megatron_ponder.ponder.plan import PassPlan
 
 
 def jacobi_iterations(config: MethodConfig, seed: int, iteration: int) -> int:
-    """R of one training iteration: fixed, or uniform over [min, max], by its arguments alone.
+    """R of one training iteration: fixed, or uniform over [min, max]. A pure function.
 
-    The draw hashes (seed, iteration), so that it needs no generator state: every rank, every
+    The draw is a hash of (seed, iteration) and needs no generator state, so every rank, every
     micro-batch and every replay of the iteration gets the same R.
 
     Args:
@@ -26,42 +26,43 @@ def jacobi_iterations(config: MethodConfig, seed: int, iteration: int) -> int:
 
 
 def possible_jacobi_iterations(config: MethodConfig) -> range:
-    """Every R that training may run, ascending."""
+    """Every R that training may draw, ascending."""
     if config.random_jacobi_iterations:
         return range(config.min_jacobi_iterations, config.max_jacobi_iterations + 1)
     return range(config.num_jacobi_iterations, config.num_jacobi_iterations + 1)
 
 
 def training_plan(method: Method, num_jacobi_iterations: int) -> PassPlan:
-    """The passes of a training forward, with as much gradient as the run asks for."""
+    """The passes of a training forward; --jacobi-grad-passes limits those with a gradient."""
     plan = method.plan(num_jacobi_iterations)
     return plan.with_grad_passes(method.config.jacobi_grad_passes)
 
 
 def possible_plans(method: Method) -> list[PassPlan]:
-    """The plans that training may draw, by rising R."""
+    """The plans of every R that training may draw, ascending."""
     return [training_plan(method, r) for r in possible_jacobi_iterations(method.config)]
 
 
 def check_hook_counts(config: ResolvedConfig, method: Method) -> None:
     """Refuse an overlapped reduction that could start before a gradient is complete.
 
-    `parallel.parallel_model` says how megatron-core counts gradients.
+    `parallel.parallel_model` explains how megatron-core counts gradients.
 
     Args:
         config: resolved, with --overlap-grad-reduce.
-        method: the run's.
+        method: the method of the run.
 
     Raises:
-        ConfigError: passes have backwards of their own and their number changes between steps; or
-            the embedding gets no gradient, which megatron-core waits for.
+        ConfigError: each pass has its own backward call and the number of passes varies; or the
+            embedding gets no gradient, which megatron-core would wait for.
     """
     if not all(map(_has_gradient_of_embedding, possible_plans(method))):
         raise ConfigError(
             f"--overlap-grad-reduce with --jacobi-grad-passes {config.method.jacobi_grad_passes}: "
-            "no pass with a gradient reads the embedding, or mixes it, and reduction would wait "
-            f"for a gradient that never comes (--method {config.method.method}). Leave "
-            "--overlap-grad-reduce out, or --jacobi-grad-passes."
+            "none of the passes with a gradient uses the embedding table (for lookup, or for "
+            "mixing), so the reduction would wait for a gradient that never comes "
+            f"(--method {config.method.method}). Remove --overlap-grad-reduce or "
+            "--jacobi-grad-passes."
         )
     pipelined = config.parallel.pipeline_model_parallel_size > 1
     recomputed = config.training.recompute_granularity in ("full", "pass")
@@ -71,11 +72,12 @@ def check_hook_counts(config: ResolvedConfig, method: Method) -> None:
     if len(counts) > 1:
         why = "--pipeline-model-parallel-size" if pipelined else "--recompute-granularity"
         raise ConfigError(
-            f"--overlap-grad-reduce with {why} and a random R: reduction starts when a gradient "
-            "has as many parts as in the first step. Steps here have from "
-            f"{min(counts)} to {max(counts)} passes with a gradient, so it could start before a "
-            "gradient is complete, or never. Leave --overlap-grad-reduce out, or fix R (no "
-            "--random-jacobi-iterations), or fix the passes with a gradient (--jacobi-grad-passes)."
+            f"--overlap-grad-reduce with {why} and a random R: the reduction starts once a "
+            "gradient has as many contributions as in the first step. The steps of this run have "
+            f"from {min(counts)} to {max(counts)} passes with a gradient, so it could start before "
+            "a gradient is complete, or never. Remove --overlap-grad-reduce, or fix R (no "
+            "--random-jacobi-iterations), or fix the number of passes with a gradient "
+            "(--jacobi-grad-passes)."
         )
 
 

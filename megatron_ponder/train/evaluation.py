@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_ponder.config.resolved import ResolvedConfig
-from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
+from megatron_ponder.parallel.schedule import Batch, all_reduce_totals, run_microbatches
 from megatron_ponder.runtime.device import device
 from megatron_ponder.train.step import TrainingState, num_microbatches
 
@@ -56,7 +56,7 @@ def evaluate(
             overlap_p2p_communication=config.parallel.overlap_p2p_communication,
         )
     training_state.model.train()
-    loss_sum, num_tokens = add_up_over_ranks(total).tolist()
+    loss_sum, num_tokens = all_reduce_totals(total).tolist()
     return Evaluation(
         loss=loss_sum / max(num_tokens, 1.0), num_tokens=int(num_tokens), num_jacobi_iterations=r
     )

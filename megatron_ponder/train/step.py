@@ -22,7 +22,7 @@ from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.optim.adamw import learning_rate
 from megatron_ponder.optim.update import clipped_update, gradient_norm
 from megatron_ponder.parallel.parallel_model import ParallelModel
-from megatron_ponder.parallel.schedule import Batch, add_up_over_ranks, run_microbatches
+from megatron_ponder.parallel.schedule import Batch, all_reduce_totals, run_microbatches
 from megatron_ponder.ponder.training_plan import jacobi_iterations, training_plan
 from megatron_ponder.runtime.device import HostCopy
 from megatron_ponder.runtime.distributed import ranks
@@ -123,7 +123,7 @@ def train_step(
         overlap_p2p_communication=config.parallel.overlap_p2p_communication,
     )
     wants_stop_here = loss_and_tokens.new_full((1,), float(wants_stop))
-    status = add_up_over_ranks(torch.cat((loss_and_tokens, wants_stop_here)))
+    status = all_reduce_totals(torch.cat((loss_and_tokens, wants_stop_here)))
     rate = learning_rate(training_state.optimizer)
     training_state.optimizer.prepare_grads()
     grad_norm = gradient_norm(training_state.optimizer)

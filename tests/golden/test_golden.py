@@ -10,7 +10,7 @@ import torch
 from megatron_ponder.convert.weight_names import to_huggingface, to_megatron
 from megatron_ponder.model.build import build_model_chunks
 from megatron_ponder.parallel.parallel_model import wrap_data_parallel
-from megatron_ponder.parallel.schedule import add_up_over_ranks, run_microbatches
+from megatron_ponder.parallel.schedule import all_reduce_totals, run_microbatches
 from megatron_ponder.runtime import distributed
 from tests.golden.cases import NAMES, Case, load_case
 from tests.parity.faults import FAULTS
@@ -88,7 +88,7 @@ def violations(case: Case, checkpoint: str, fault: str | None = None) -> list[st
         micro_batch_size=1,
         seq_length=case.input_ids.size(1),
     )
-    totals = add_up_over_ranks(totals)
+    totals = all_reduce_totals(totals)
     gradients = to_huggingface(gather_gradients(model), case.config.model)
     distributed.leave_layout()
     found = []

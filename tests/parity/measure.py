@@ -21,7 +21,7 @@ from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.optim.update import clipped_update, gradient_norm
 from megatron_ponder.parallel.parallel_model import ParallelModel, wrap_data_parallel
-from megatron_ponder.parallel.schedule import add_up_over_ranks, run_microbatches
+from megatron_ponder.parallel.schedule import all_reduce_totals, run_microbatches
 from megatron_ponder.ponder.plan import PassPlan
 from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime import distributed
@@ -143,7 +143,7 @@ def run_step(
         seq_length=tokens.size(1) - 1,
         overlap_p2p_communication=config.parallel.overlap_p2p_communication,
     )
-    loss, num_tokens = add_up_over_ranks(totals).tolist()
+    loss, num_tokens = all_reduce_totals(totals).tolist()
     return loss / num_tokens
 
 

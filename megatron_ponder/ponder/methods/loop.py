@@ -1,8 +1,8 @@
-"""loop: the stack of layers applied K+1 times in a row, a looped transformer.
+"""loop: a looped transformer, whose stack of layers is applied K+1 times in a row.
 
-The residual stream that leaves the last layer enters the first one again, as it is: no norm, and
-the token embeddings are not added a second time. The final norm runs once, at the end; learned
-positions are added once, before the first layer. The sequence stays s long.
+The residual stream after the last layer is the input of the first layer again, unchanged: it is not
+normed, and the token embeddings are not added a second time. The final norm runs once, at the end.
+Learned positions are added once, before the first layer. The sequence length stays s.
 
 Linear work in vanilla forwards: K+1.
 """
@@ -19,7 +19,7 @@ class Loop(Method):
     """More depth from the same weights; R and `scale_embeds` are ignored."""
 
     def plan(self, num_jacobi_iterations: int) -> PassPlan:
-        """K+1 passes over the tokens, normed after the last only."""
+        """K+1 passes over the tokens, with the final norm in the last only."""
         k = self.config.num_latent_thoughts
         return PassPlan(
             passes=tuple(
@@ -36,9 +36,9 @@ class Loop(Method):
         )
 
     def embedding_scale(self, hidden_size: int) -> float | None:
-        """sqrt(2.5 h), always."""
+        """sqrt(2.5 h), whatever `scale_embeds` is."""
         return math.sqrt(2.5 * hidden_size)
 
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
-        """The token embeddings, then the residual stream of the pass before."""
+        """The token embeddings in the first pass, then the previous pass's residual stream."""
         return token_embeddings if carry is None else carry

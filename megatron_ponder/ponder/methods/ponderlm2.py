@@ -1,23 +1,23 @@
 """ponderlm2: K latent thoughts before each token, trained in parallel by Jacobi iterations.
 
-PonderLM-2 (arXiv 2509.23184). Stage 0 holds the tokens, stage j = 1..K the j-th thought, which is
-the final-normed hidden state at stage j-1 of the same token, fed back as it is. K growth passes
-create the stages one by one, R Jacobi passes refresh all of them at once, and the loss pass reads
-the next token at stage K:
+PonderLM-2 (arXiv 2509.23184). Slot 0 of a token holds the token, and slot j = 1..K its j-th
+thought. The j-th thought is the final-normed hidden state at slot j-1 of the same token, fed back
+unchanged. K growth passes add the slots one by one, R Jacobi passes refresh all thoughts at once,
+and the loss pass predicts the next token at slot K:
 
-    pass i < K:        i+1 stages in;  z_{j+1} <- hidden_j for j = 0..i
-    pass K..K+R-1:     K+1 stages in;  z_{j+1} <- hidden_j for j = 0..K-1, simultaneously
-    pass K+R:          K+1 stages in;  logits from hidden_K
+    pass i < K:        i+1 slots in;  z_{j+1} <- hidden_j for j = 0..i
+    pass K..K+R-1:     K+1 slots in;  z_{j+1} <- hidden_j for j = 0..K-1, simultaneously
+    pass K+R:          K+1 slots in;  logits from hidden_K
 
 Linear work in vanilla forwards: K(K+1)/2 + (K+1)(R+1).
 
-Generated tokens need no iterations: the thoughts before them are there, so each thought is computed
-when its turn comes, K+1 passes over one slot each, all into one cache:
+Generation needs no Jacobi iterations. All earlier thoughts are known, so the thoughts of a new
+token are computed in sequence: K+1 passes over one slot each, which share one cache:
 
     pass i <= K:       1 slot in, the token or z_i;  z_{i+1} <- hidden;  logits from hidden_K
 
-With `interpolation` a thought is, instead of the hidden state, the mixture of scaled embeddings by
-the probabilities that the hidden state gives to next tokens.
+With `interpolation` a thought is not the hidden state but the mixture: the scaled embeddings,
+weighted by the next-token probabilities that the hidden state gives.
 """
 
 import math
@@ -33,7 +33,7 @@ class PonderLM2(Method):
     """Latent thoughts as extra slots of the sequence; adds no parameters."""
 
     def plan(self, num_jacobi_iterations: int) -> PassPlan:
-        """K growth passes, R Jacobi passes, the loss pass; with K = 0 only the last, whatever R."""
+        """K growth passes, R Jacobi passes, the loss pass. K = 0: only the last, for any R."""
         k = self.config.num_latent_thoughts
         r = num_jacobi_iterations if k > 0 else 0
         growth = [(i + 1, range(i + 1)) for i in range(k)]
@@ -52,7 +52,7 @@ class PonderLM2(Method):
         )
 
     def embedding_scale(self, hidden_size: int) -> float | None:
-        """sqrt(2.5 h), so that embeddings under small initialisation have unit variance.
+        """sqrt(2.5 h), which gives embeddings with small initialisation unit variance.
 
         sqrt(h) with `interpolation`, as in the authors' code.
         """
@@ -61,7 +61,7 @@ class PonderLM2(Method):
         return math.sqrt(hidden_size if self.config.interpolation else 2.5 * hidden_size)
 
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
-        """Each token's embedding, then the thoughts handed on by the previous pass."""
+        """Each token's embedding, followed by the thoughts from the previous pass."""
         return interleave(token_embeddings, carry)
 
     def build_carry(
@@ -71,7 +71,7 @@ class PonderLM2(Method):
         return mix(outputs) if pass_.mixes_embeddings else outputs
 
     def decoding_plan(self, plan: PassPlan) -> DecodingPlan:
-        """The slots of a token one by one, behind all those of the tokens before."""
+        """The slots of a token one by one, after all slots of the previous tokens."""
         k = self.config.num_latent_thoughts
         passes = tuple(
             Pass(
@@ -88,5 +88,5 @@ class PonderLM2(Method):
     def build_decoding_input(
         self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None
     ) -> Tensor:
-        """The token's embedding, then the thought before."""
+        """The token's embedding in the first pass, then the previous thought."""
         return token_embeddings if carry is None else carry

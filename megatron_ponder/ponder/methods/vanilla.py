@@ -21,7 +21,7 @@ class Vanilla(Method):
         return PassPlan(passes=(Pass(index=0, slots_per_token=1, output_slots=range(1)),))
 
     def embedding_scale(self, hidden_size: int) -> float | None:
-        """Embeddings are used as they are."""
+        """None: embeddings are not scaled."""
         return None
 
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
