@@ -1,8 +1,8 @@
-"""The exceptions a user can meet, and the one place that turns them into exit codes.
+"""The exceptions for user errors, and the decorator that turns them into exit codes.
 
-Every mistake of a user (flags, data, checkpoints) is raised as a `PonderError` whose message says
-what was given, what is required and what to change. Programming errors stay ordinary exceptions
-with a traceback. Command lines wrap their `main` in `exit_on_user_error`.
+Every user error (flags, data, checkpoints) is raised as a `PonderError`. Its message says what was
+given, what is required and what to change. Bugs raise ordinary exceptions with a traceback. Every
+command wraps its `main` in `exit_on_user_error`.
 """
 
 import functools
@@ -19,11 +19,11 @@ class PonderError(Exception):
 
 
 class ConfigError(PonderError):
-    """A flag, a YAML key, a preset, or a combination of them that cannot work."""
+    """An invalid flag, YAML key or preset, or an invalid combination of them."""
 
 
 class BackendError(PonderError):
-    """A backend, device or library that was asked for by name and is not usable here."""
+    """A backend, device or library that was requested by name and is not usable here."""
 
 
 class DataError(PonderError):
@@ -39,15 +39,15 @@ class ConversionError(PonderError):
 
 
 class TrainingError(PonderError):
-    """A run that cannot go on: its loss or gradient is no longer finite."""
+    """A run that cannot continue, because its loss or gradient is no longer finite."""
 
 
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Make `main` return an exit code: 2 and the message on stderr for a `PonderError`.
+    """Make `main` return an exit code, and report user errors without a traceback.
 
-    So does an OSError about a file: no permission, disk full. A reader of the output that goes
-    away ends `main` quietly, with the exit code that a shell gives for it. Any other exception
-    passes through with its traceback, because it is a bug of ours.
+    A `PonderError`, or an OSError about a file (no permission, disk full), prints its message on
+    stderr and returns 2. A broken pipe prints nothing and returns the exit code that a shell gives
+    for it. Any other exception is a bug of ours and passes through with its traceback.
     """
 
     @functools.wraps(main)
@@ -57,7 +57,7 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
         except PonderError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         except BrokenPipeError:
-            # Whoever read our output has seen enough. Python would complain once more at its end.
+            # Redirect stdout, so that Python's flush at exit does not raise the error again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE_EXIT_CODE
         except OSError as error:

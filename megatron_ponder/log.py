@@ -1,9 +1,9 @@
-"""Log lines and progress bars of a job of many processes. Imports no torch.
+"""Log lines and progress bars of a multi-process job. Does not import torch.
 
-Modules log through the standard `logging` under their own name. `configure`, called once by an
-entry point, makes rank 0 print everything from INFO on, and the other ranks only errors, marked
-with their rank. What is left out: files and services (train/metrics.py) and error messages for the
-user (errors.py).
+Modules log through the standard `logging` under their own name. An entry point calls `configure`
+once. Rank 0 then prints everything from INFO on; the other ranks print errors only, marked with
+their rank. train/sinks.py writes metrics to files and services. errors.py has the error messages
+for the user.
 """
 
 import logging
@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 PACKAGE_LOGGER = "megatron_ponder"
 PROGRESS_INTERVAL_S = 5.0
-"""How often a progress bar is printed where the output is not a terminal."""
+"""Interval between updates of a progress bar if the output is not a terminal."""
 
 
 def configure(stream: TextIO | None = None) -> None:
-    """Send this package's log to a stream; harmless when called again.
+    """Send this package's log to a stream. Repeated calls are harmless.
 
-    Also silences two kinds of warnings that are no business of a user: megatron-core's about absent
-    accelerator libraries, and torch's about calls that megatron-core makes. To have any effect it
-    has to be called before those libraries are imported.
+    This also silences two kinds of warnings that do not concern the user: megatron-core's about
+    missing accelerator libraries, and torch's about calls that megatron-core makes. For that, call
+    it before those libraries are imported.
     """
     rank = _rank()
     logger = logging.getLogger(PACKAGE_LOGGER)
@@ -45,14 +45,14 @@ def configure(stream: TextIO | None = None) -> None:
 def progress(
     total: int | None, description: str, unit: str, initial: int = 0, unit_scale: bool = False
 ) -> "tqdm[Any]":
-    """A progress bar with rate and remaining time on rank 0; silent on the others.
+    """A progress bar with rate and remaining time on rank 0; silent on the other ranks.
 
     Args:
-        total: units in the whole task; None: nobody knows.
-        description: what is going on.
+        total: units in the whole task; None: unknown.
+        description: label of the bar.
         unit: name of one unit.
-        initial: units done before.
-        unit_scale: write large numbers with k, M, G.
+        initial: units that are already done.
+        unit_scale: abbreviate large numbers with k, M, G.
     """
     interval_s = 0.1 if sys.stderr.isatty() else PROGRESS_INTERVAL_S
     return tqdm(
@@ -67,5 +67,5 @@ def progress(
 
 
 def _rank() -> int:
-    """Global rank of this process as torchrun sets it; 0 without torchrun."""
+    """Global rank of this process, as set by torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

@@ -1,10 +1,10 @@
-"""Pretrains a model: the entry point.
+"""Entry point of pretraining.
 
     torchrun --nproc-per-node 2 -m megatron_ponder.pretrain --config examples/X.yaml [--flags]
     python -m megatron_ponder.pretrain --help
 
-Without torchrun it is a single process. torch is imported after the flags are parsed, so that
-`--help` and a misspelt flag answer at once. docs/train.md is the manual.
+Without torchrun, training runs in a single process. torch is imported after the flags are parsed,
+so `--help` and the error for a misspelt flag appear at once. docs/train.md is the manual.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import PonderError, exit_on_user_error
 
 GRACE_S = 5.0
-"""How long a rank that cannot go on waits for rank 0 to say why: rank 0 mostly meets the same
-error, and torchrun ends all ranks when it exits."""
+"""Grace period before a failing non-zero rank exits, so that rank 0 can report the error first.
+Rank 0 usually fails with the same error, and torchrun stops all ranks as soon as one exits."""
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse flags and train. A mistake of the user is told once, not once per rank.
+    """Parse the flags and train. A user error is reported once, not once per rank.
 
     Args:
-        argv: flags; None for those of the command line.
+        argv: flags; None: those of the command line.
     """
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)
@@ -40,34 +40,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(config)
     except (PonderError, SystemExit) as error:
         if isinstance(error, PonderError):
-            _tell_torchrun(error)
+            _report_to_torchrun(error)
         if _rank() != 0:
             time.sleep(GRACE_S)
         raise
 
 
 def _parse(argv: Sequence[str]) -> RunConfig:
-    """The config, with help and complaints printed by rank 0 only."""
+    """Parse the config. Only rank 0 prints help and error messages."""
     with contextlib.ExitStack() as stack:
         if _rank() != 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            devnull = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
+            stack.enter_context(contextlib.redirect_stderr(devnull))
         return parse_args(argv, prog="python -m megatron_ponder.pretrain")
 
 
 def _set_environment(config: RunConfig) -> None:
-    """What CUDA reads once, when it starts; a variable that is set stays as it is.
+    """Set environment variables that CUDA reads at start-up, unless they are already set.
 
-    megatron-core's tensor-parallel layers start a communication and then the product that is to
-    hide it, and rely on their order on the device, which one queue keeps.
+    megatron-core's tensor-parallel layers launch a communication, then the matmul that overlaps
+    with it. They need the device to start the two in this order. A single hardware queue
+    guarantees it.
     """
     if config.parallel.tensor_model_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def _tell_torchrun(error: PonderError) -> None:
-    """Put the message where torchrun looks for the reason when it reports a failed rank."""
+def _report_to_torchrun(error: PonderError) -> None:
+    """Write the message to the file that torchrun reads when it reports a failed rank."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         text = f"{type(error).__name__}: {error}"
@@ -77,7 +78,7 @@ def _tell_torchrun(error: PonderError) -> None:
 
 
 def _rank() -> int:
-    """Global rank as torchrun sets it; 0 without torchrun."""
+    """Global rank, as set by torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 

@@ -1,1 +1,1 @@
-"""Devices, ranks, and what megatron-core needs without a GPU."""
+"""Devices, ranks and backends, and the patches that megatron-core needs on CPU."""

@@ -1,11 +1,12 @@
-"""Which implementations a run uses, from what it asks for and what the machine has.
+"""Chooses the implementations that a run uses, from its settings and from what the machine has.
 
-`choose_backends` is a pure function of the two. What is asked for by name and cannot be used is an
-error; what `auto` chose is logged once by training, with the reason. `auto` never chooses
-TransformerEngine's layers unless fp8 needs them: they have not been measured against ours yet.
+`choose_backends` is a pure function of the two. A backend that is requested by name but cannot be
+used is an error. Training logs the choices of `auto` once, with the reasons. `auto` never chooses
+TransformerEngine's layers unless fp8 needs them, because they have not been measured against ours
+yet.
 
-Left out: what megatron-core takes for itself where TransformerEngine or apex are installed (Adam,
-clipping); `runtime.diagnosis` tells.
+megatron-core also chooses its own Adam and clipping if TransformerEngine or apex is installed.
+`runtime.diagnosis` reports those choices.
 """
 
 import dataclasses
@@ -38,17 +39,17 @@ WeightGradient = Literal["none", "apex", "torch", "transformer_engine"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backends:
-    """What a run computes with."""
+    """The implementations that a run uses."""
 
     kernels: Kernels
     transformer_impl: TransformerImpl
     attention: Attention
     sdpa_order: tuple[str, ...]
-    """Kernels of torch's attention that may run, the first that can; empty: torch's choice."""
+    """Kernels that torch's attention may use, in order of preference; empty: torch chooses."""
     weight_gradient: WeightGradient
-    """What adds weight gradients up within their product; none: autograd does, behind it."""
+    """Library that accumulates weight gradients inside their GEMM; none: autograd, afterwards."""
     reasons: dict[str, str]
-    """Setting to why it is what it is."""
+    """Reason for each choice, by setting."""
 
 
 REFERENCE = Backends(
@@ -59,30 +60,30 @@ REFERENCE = Backends(
     weight_gradient="none",
     reasons={},
 )
-"""What runs everywhere, for a model that is built and not run."""
+"""Backends that work everywhere, for a model that is built but not run."""
 
 
 def choose_backends(config: ResolvedConfig, found: Capabilities) -> Backends:
-    """The backends of a resolved run.
+    """Choose the backends of a resolved run.
 
     Args:
         config: resolved.
-        found: what there is.
+        found: what the machine has.
 
     Raises:
-        BackendError: something that was asked for by name cannot be used; one line each.
+        BackendError: backends that were requested by name cannot be used; one line each.
     """
     problems = [*_requests_that_fail(config, found)]
     if problems:
         raise BackendError(
-            "a backend that was asked for cannot be used here:\n  - " + "\n  - ".join(problems)
+            "a requested backend cannot be used here:\n  - " + "\n  - ".join(problems)
         )
     kernels, why_kernels = _kernels(config, found)
     layers, why_layers = _layers(config)
     attention, why_attention = _attention(config, found, layers)
     sdpa_order = _sdpa_order(found) if attention == "sdpa" else ()
     if sdpa_order:
-        why_attention += f"; of torch's kernels the first that can of {', '.join(sdpa_order)}"
+        why_attention += f"; runs the first supported kernel of {', '.join(sdpa_order)}"
         if "cudnn" not in sdpa_order:
             why_attention += f" (not cudnn: {_why_not_cudnn(found)})"
     gradient, why_gradient = _weight_gradient(config, found, layers)
@@ -102,7 +103,7 @@ def choose_backends(config: ResolvedConfig, found: Capabilities) -> Backends:
 
 
 def _requests_that_fail(config: ResolvedConfig, found: Capabilities) -> Iterator[str]:
-    """What was asked for by name and is not there, and what would break whatever is asked for."""
+    """Requested backends that cannot be used, and an installation that would break any run."""
     backend, te = config.backend, found.transformer_engine
     if backend.kernels == "triton" and not found.triton.is_usable:
         yield f"--kernels triton: Triton {found.triton.problem}. Use auto or torch."
@@ -119,25 +120,25 @@ def _requests_that_fail(config: ResolvedConfig, found: Capabilities) -> Iterator
             )
         elif not found.has_fp8:
             yield (
-                f"--fp8-format {backend.fp8_format}: {found.device_name} does not multiply in fp8 "
-                "(compute capability 8.9 and later do). Leave it out."
+                f"--fp8-format {backend.fp8_format}: {found.device_name} has no fp8 matmul, which "
+                "needs compute capability 8.9 or later. Leave it out."
             )
     if _breaks_megatron_core(found):
         yield (
-            f"apex {found.apex.version} is {found.apex.problem}, and megatron-core takes its Adam "
-            "where it finds it, which then fails. Uninstall apex, or build it with --cpp_ext and "
-            "--cuda_ext, or install TransformerEngine, which comes first."
+            f"apex {found.apex.version} is {found.apex.problem}. megatron-core would use apex's "
+            "Adam, which then fails. Uninstall apex, or build it with --cpp_ext and --cuda_ext, or "
+            "install TransformerEngine, which takes precedence."
         )
 
 
 def _breaks_megatron_core(found: Capabilities) -> bool:
-    """Whether an apex is there that imports and cannot work, and nothing is taken before it."""
+    """Whether megatron-core would use an apex that imports but cannot work."""
     is_bare = found.apex.problem is not None and "without its CUDA parts" in found.apex.problem
     return is_bare and not found.transformer_engine.is_usable
 
 
 def _attention_that_fails(config: ResolvedConfig, found: Capabilities) -> Iterator[str]:
-    """Attention by name; over shared sequences it has a setting of its own."""
+    """Requested attention that cannot be used, including the one for context parallelism."""
     wanted = config.backend.attention_backend
     if wanted == "flash":
         if not found.flash_attention.is_usable:
@@ -153,7 +154,7 @@ def _attention_that_fails(config: ResolvedConfig, found: Capabilities) -> Iterat
             "auto or sdpa."
         )
     if wanted == "te" and not config.training.bf16:
-        yield "--attention-backend te needs --bf16: its fused kernels have no fp32. Use sdpa."
+        yield "--attention-backend te needs --bf16: its fused kernels have no fp32 version. Use sdpa."
     if _wants_ring(config) and not found.transformer_engine.is_usable:
         yield (
             "--context-parallel-attention transformer_engine: TransformerEngine "
@@ -162,30 +163,30 @@ def _attention_that_fails(config: ResolvedConfig, found: Capabilities) -> Iterat
 
 
 def _wants_ring(config: ResolvedConfig) -> bool:
-    """Whether TransformerEngine's ring was asked for and there is something to share."""
+    """Whether TransformerEngine's ring attention is requested, with more than one rank."""
     parallel = config.parallel
-    is_asked = parallel.context_parallel_attention == "transformer_engine"
-    return is_asked and parallel.context_parallel_size > 1
+    is_requested = parallel.context_parallel_attention == "transformer_engine"
+    return is_requested and parallel.context_parallel_size > 1
 
 
 def _kernels(config: ResolvedConfig, found: Capabilities) -> tuple[Kernels, str]:
     wanted = config.backend.kernels
     if wanted != "auto":
-        return wanted, "asked for"
+        return wanted, "requested"
     if not found.has_cuda:
         return "torch", "no CUDA device; the composed form is the reference"
     if not found.triton.is_usable:
         return "torch", f"Triton {found.triton.problem}"
-    return "triton", "a CUDA device, and Triton is installed"
+    return "triton", "there is a CUDA device, and Triton is installed"
 
 
 def _layers(config: ResolvedConfig) -> tuple[TransformerImpl, str]:
     wanted = config.backend.transformer_impl
     if wanted != "auto":
-        return wanted, "asked for"
+        return wanted, "requested"
     if config.backend.fp8_format is not None:
         return "transformer_engine", "--fp8-format needs it"
-    return "local", "TransformerEngine's layers are used where asked for, or with --fp8-format"
+    return "local", "TransformerEngine's layers are used only on request or with --fp8-format"
 
 
 def _attention(
@@ -196,22 +197,22 @@ def _attention(
     if _wants_ring(config):
         return "te", "--context-parallel-attention transformer_engine"
     if wanted != "auto":
-        return wanted, "asked for"
+        return wanted, "requested"
     if parallel.context_parallel_size > 1 and parallel.context_parallel_attention == "auto":
         if has_te:
-            return "te", "its ring, for sequences that ranks share"
-        return "sdpa", "keys and values of shared sequences are gathered: no ring without " + (
+            return "te", "its ring attention, for context parallelism"
+        return "sdpa", "keys and values are gathered over ranks: ring attention needs " + (
             "--bf16"
             if found.transformer_engine.is_usable
             else f"TransformerEngine ({found.transformer_engine.problem})"
         )
     if layers == "transformer_engine" and has_te and parallel.context_parallel_size == 1:
-        return "te", "goes with TransformerEngine's layers"
+        return "te", "used with TransformerEngine's layers"
     return "sdpa", "torch's attention"
 
 
 def _sdpa_order(found: Capabilities) -> tuple[str, ...]:
-    """Torch's kernels in the order in which they are tried."""
+    """Kernels of torch's attention, in the order in which they are tried."""
     if not found.has_cuda:
         return ()
     others = ("flash", "efficient", "math")
@@ -219,10 +220,10 @@ def _sdpa_order(found: Capabilities) -> tuple[str, ...]:
 
 
 def _why_not_cudnn(found: Capabilities) -> str:
-    """Why torch's attention should not run on cuDNN; empty: it should."""
+    """Reason for torch's attention not to use cuDNN; empty if it should."""
     assert found.compute_capability is not None
     if found.compute_capability < HOPPER:
-        return "faster from Hopper on only"
+        return "faster only on Hopper and later"
     return found.attends_with_cudnn or ""
 
 
@@ -230,16 +231,16 @@ def _weight_gradient(
     config: ResolvedConfig, found: Capabilities, layers: TransformerImpl
 ) -> tuple[WeightGradient, str]:
     if not config.backend.gradient_accumulation_fusion:
-        return "none", "not asked for"
+        return "none", "not requested"
     if layers == "transformer_engine":
-        return "transformer_engine", "asked for, within its layers"
+        return "transformer_engine", "requested; TransformerEngine's layers have it"
     if found.apex_weight_gradient.is_usable:
-        return "apex", "asked for, and apex has it"
-    return "torch", f"asked for; apex {_short(found.apex_weight_gradient)}"
+        return "apex", "requested; apex has it"
+    return "torch", f"requested; apex {_short(found.apex_weight_gradient)}"
 
 
 def _short(library: Library) -> str:
-    """Version and state."""
+    """Problem of a library, or its version."""
     return library.problem or f"{library.version}"
 
 
@@ -247,9 +248,9 @@ _pinned = ExitStack()
 
 
 def pin_sdpa(order: tuple[str, ...]) -> None:
-    """Let torch's attention run these kernels only, the first that can, from now on.
+    """Restrict torch's attention to these kernels, in order of preference, for all later calls.
 
-    torch would choose by itself, and silently choose a slower kernel where cuDNN cannot be used.
+    Without this, torch silently chooses a slower kernel if cuDNN cannot be used.
 
     Args:
         order: names of SDPA_BACKENDS; empty: leave the choice to torch.
@@ -261,7 +262,7 @@ def pin_sdpa(order: tuple[str, ...]) -> None:
 
 
 def use_backends(config: ResolvedConfig) -> Backends:
-    """Choose, and set what is set for a whole process.
+    """Choose the backends of a run, and apply the process-wide settings.
 
     Raises:
         BackendError: see `choose_backends`.
@@ -272,16 +273,16 @@ def use_backends(config: ResolvedConfig) -> Backends:
 
 
 def log_choices(backends: Backends) -> None:
-    """Say what was chosen and why. Training does, once; tools print their result and nothing else.
+    """Log each choice and its reason. Only training calls this; tools print only their results.
 
-    `tools/doctor.py` says the same for any settings.
+    `tools/doctor.py` reports the same for any settings.
     """
     for setting, choice in describe(backends).items():
         logger.info("%s: %s (%s)", setting, choice, backends.reasons[setting])
 
 
 def describe(backends: Backends) -> dict[str, str]:
-    """Setting to what was chosen."""
+    """The choice for each setting."""
     return {
         "kernels": backends.kernels,
         "transformer_impl": backends.transformer_impl,

@@ -1,9 +1,9 @@
-"""What this machine has: devices, and libraries that exist on GPU clusters only.
+"""Detects what this machine has: devices, and libraries that exist on GPU clusters only.
 
-The one place that looks for CUDA, TransformerEngine, apex, Triton and flash-attn, and the only one
-of ours that imports TransformerEngine and apex to see whether they work; where they are installed,
-megatron-core imports them too, whatever a run asks for, and changes its defaults.
-`find_capabilities` looks once; what to do with what it finds is `runtime.backends`'s.
+Only this module looks for CUDA, TransformerEngine, apex, Triton and flash-attn, and only this
+module imports TransformerEngine and apex to check that they work. If they are installed,
+megatron-core imports them too, whatever the settings of the run, and changes its defaults.
+`find_capabilities` looks once. `runtime.backends` chooses the backends from its result.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ NEEDS_CUDA = "needs a CUDA device"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Library:
-    """A library that may be there."""
+    """State of a library that may be installed."""
 
     version: str | None = None
     """None: not installed."""
     problem: str | None = NOT_INSTALLED
-    """Why it cannot be used here; None: it can."""
+    """Reason why it cannot be used here; None: it can."""
 
     @property
     def is_usable(self) -> bool:
@@ -38,31 +38,31 @@ class Library:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """Everything that a choice of backend depends on. Frozen, so that choices are pure."""
+    """Everything that the choice of backends depends on. Frozen, so that the choice is pure."""
 
     torch: str
     """torch's version."""
     megatron_core: str
     """megatron-core's version."""
     device_name: str | None = None
-    """The CUDA device of this rank; None: there is none."""
+    """Name of the CUDA device of this rank; None: there is none."""
     compute_capability: tuple[int, int] | None = None
-    """Of that device; Hopper is (9, 0)."""
+    """Compute capability of that device; Hopper is (9, 0)."""
     cuda: str | None = None
     """CUDA version that torch was built for."""
     cudnn: str | None = None
-    """cuDNN that torch loaded."""
+    """Version of the cuDNN that torch loaded."""
     nccl: str | None = None
-    """NCCL that torch was built with."""
+    """Version of the NCCL that torch was built with."""
     attends_with_cudnn: str | None = NEEDS_CUDA
-    """Why torch's attention cannot use cuDNN; None: a small one ran."""
+    """Reason why torch's attention cannot use cuDNN; None: a small test ran."""
     transformer_engine: Library = Library()
     apex: Library = Library()
     apex_weight_gradient: Library = Library()
-    """apex's module that adds weight gradients up in its product."""
+    """apex's module that accumulates weight gradients inside the GEMM."""
     triton: Library = Library()
     interprets_triton: bool = False
-    """TRITON_INTERPRET is set: kernels run in Triton's interpreter, for tests on CPU."""
+    """Whether TRITON_INTERPRET is set, so that kernels run in Triton's interpreter (CPU tests)."""
     flash_attention: Library = Library()
 
     @property
@@ -72,13 +72,13 @@ class Capabilities:
 
     @property
     def has_fp8(self) -> bool:
-        """Whether the device multiplies in fp8 (Ada, Hopper and later)."""
+        """Whether the device has fp8 matmuls (Ada, Hopper and later)."""
         return self.compute_capability is not None and self.compute_capability >= (8, 9)
 
 
 @functools.cache
 def find_capabilities() -> Capabilities:
-    """Look at this process's machine, once."""
+    """Detect the capabilities of this process's machine; cached after the first call."""
     on_cpu = Capabilities(
         torch=torch.__version__,
         megatron_core=importlib.metadata.version("megatron-core"),
@@ -104,12 +104,12 @@ def find_capabilities() -> Capabilities:
 
 
 def _interprets_triton() -> bool:
-    """As Triton itself reads its variable."""
+    """Whether TRITON_INTERPRET is set, by the same rule as in Triton."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _triton() -> Library:
-    """Triton is usable on CUDA, and in its interpreter anywhere."""
+    """State of Triton, which is usable on CUDA, and anywhere in its interpreter."""
     if importlib.util.find_spec("triton") is None:
         return Library()
     usable = torch.cuda.is_available() or _interprets_triton()
@@ -117,7 +117,7 @@ def _triton() -> Library:
 
 
 def _apex() -> Library:
-    """apex, of which a build without its CUDA parts is worse than none."""
+    """State of apex. A build without its CUDA parts counts as not usable."""
     found = _imported("apex", "apex.optimizers")
     if not found.is_usable:
         return found
@@ -128,7 +128,7 @@ def _apex() -> Library:
 
 
 def _imported(package: str, module: str) -> Library:
-    """A library of which `module` must import; without CUDA it is not tried."""
+    """State of a library, usable if `module` can be imported. Not tried without CUDA."""
     if importlib.util.find_spec(package) is None:
         return Library()
     version = _version_of(package)
@@ -142,13 +142,16 @@ def _imported(package: str, module: str) -> Library:
 
 
 def _version_of(package: str) -> str:
-    """The version of the distribution that has a package."""
+    """Version of the distribution that contains a package."""
     names = importlib.metadata.packages_distributions().get(package, [])
     return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 def _problem_of_cudnn_attention() -> str | None:
-    """Why torch's attention fails on cuDNN; tried, since a foreign cuDNN loads and then fails."""
+    """Run torch's attention on cuDNN; return its error, or None.
+
+    A trial run is needed, because a mismatched cuDNN loads and fails only later.
+    """
     shape = (1, 2, 128, 64)
     query = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     try:

@@ -1,7 +1,7 @@
-"""Process groups and ranks: the one place that starts and asks megatron-core's `parallel_state`.
+"""Process groups and ranks. Only this module initialises megatron-core's `parallel_state`.
 
-Works under torchrun, and without it as a single process. Everything above asks the functions here;
-only `parallel/` also uses `parallel_state` directly.
+Works under torchrun, and as a single process without it. The rest of the code calls the functions
+here; only `parallel/` also uses `parallel_state` directly.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def world_size_from_environment() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process reports for all; true before and without torch.distributed."""
+    """Whether this is rank 0, which reports for all. Works before torch.distributed is started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -37,18 +37,18 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     """Start torch.distributed and megatron-core's groups, and seed the random generators.
 
     Args:
-        config: resolved layout; its product must divide the number of ranks.
-        seed: dropout's; every tensor-parallel rank gets a stream of its own where masks must
-            differ, and the same one where they must agree.
+        config: resolved layout; TP x PP x CP must divide the number of ranks.
+        seed: seed of dropout. Tensor-parallel ranks get different random streams where masks must
+            differ, and the same stream where masks must agree.
 
     Raises:
         BackendError: nccl without CUDA, or no device for this rank.
     """
     mcore_cpu.apply()
     backend = _choose_backend(config.distributed_backend)
-    # Before anything is put on a device: megatron-core and Triton take the current one. Process
-    # groups take it too; given to init_process_group as `device_id`, every rank would have to help
-    # make every group, those that it is not in included.
+    # Set the current device before anything is allocated: megatron-core, Triton and the process
+    # groups use it. We do not pass `device_id` to init_process_group, because then every rank would
+    # have to take part in creating every group, including groups that it is not in.
     if device().type == "cuda":
         torch.cuda.set_device(device())
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
@@ -69,7 +69,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
 
 
 def leave_layout() -> None:
-    """End megatron-core's groups, so that `initialize` can start another layout."""
+    """Destroy megatron-core's groups, so that `initialize` can start another layout."""
     global _backward_pipeline_group
     _backward_pipeline_group = None
     if parallel_state.model_parallel_is_initialized():
@@ -77,9 +77,9 @@ def leave_layout() -> None:
 
 
 def _start_backward_pipeline_group(timeout: datetime.timedelta) -> None:
-    """A second group over the ranks of each pipeline, for gradients.
+    """Create a second group over the ranks of each pipeline, for gradients.
 
-    With two stages the previous and the next rank are one, and what it sends forward and backward
+    With two stages, the previous and the next rank are the same. Its activations and gradients
     would share one stream of messages, which nccl and gloo match by order alone.
     """
     global _backward_pipeline_group
@@ -93,13 +93,14 @@ def _start_backward_pipeline_group(timeout: datetime.timedelta) -> None:
         group = dist.new_group(list(pipeline), timeout=timeout)
         if list(pipeline) == mine:
             _backward_pipeline_group = group
-    # nccl connects all ranks of a group in its first operation; later ones involve only some.
+    # The first nccl operation of a group connects all of its ranks, so all must take part in it.
+    # Later operations involve only some of them.
     for group in (forward, _backward_pipeline_group):
         dist.barrier(group=group)
 
 
 def shutdown() -> None:
-    """End all process groups; nothing if none were started."""
+    """Destroy all process groups, if any were started."""
     leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -107,7 +108,7 @@ def shutdown() -> None:
 
 @contextmanager
 def running(config: ParallelConfig, seed: int) -> Iterator[None]:
-    """`initialize` on entry, `shutdown` on exit."""
+    """Call `initialize` on entry and `shutdown` on exit."""
     initialize(config, seed)
     try:
         yield
@@ -116,13 +117,13 @@ def running(config: ParallelConfig, seed: int) -> Iterator[None]:
 
 
 def process_groups() -> ProcessGroupCollection:
-    """The groups that megatron-core's modules take."""
+    """The process groups, in the form that megatron-core's modules take."""
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Where this process stands in the layout."""
+    """The coordinates of this process in the layout."""
 
     rank: int
     world_size: int
@@ -142,7 +143,7 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """This process's coordinates; needs `initialize`."""
+    """The coordinates of this process. Call `initialize` first."""
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -170,7 +171,7 @@ def context_parallel_group() -> dist.ProcessGroup:
 
 
 def backward_pipeline_group() -> dist.ProcessGroup:
-    """The stages of this rank's pipeline, once more: gradients travel in a group of their own."""
+    """The ranks of this rank's pipeline, in a second group that only gradients use."""
     assert _backward_pipeline_group is not None, "there is one pipeline stage only"
     return _backward_pipeline_group
 
@@ -182,7 +183,7 @@ def data_parallel_group() -> dist.ProcessGroup:
 
 
 def _choose_backend(wanted: str) -> str:
-    """Resolve 'auto' and refuse what cannot work."""
+    """Resolve 'auto', and refuse nccl without CUDA."""
     if wanted == "auto":
         return "nccl" if torch.cuda.is_available() else "gloo"
     if wanted == "nccl" and not torch.cuda.is_available():

@@ -1,10 +1,10 @@
-"""Makes megatron-core run without CUDA. The only file that patches it; on CUDA it does nothing.
+"""Makes megatron-core run without CUDA. The only file that patches it; it does nothing on CUDA.
 
-megatron-core (0.16.1 to 0.19.x) asks for CUDA in a few fixed places: buffers created with
+megatron-core (0.16.1 to 0.19.x) requires CUDA in a few fixed places: buffers created with
 `device="cuda"`, the current device, streams, the CUDA random generator, and tensor type names. Each
-patch below redirects one kind of place to the CPU and says what it replaces. None changes a
-computation: what runs on CPU is megatron-core's own code, and it is the reference that every
-accelerated path has to match.
+patch below redirects one kind of place to the CPU and documents what it replaces. No patch changes
+a computation. A CPU run executes megatron-core's own code, and is the reference that every
+accelerated path must match.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 
 CPU = torch.device("cpu")
 
-# Modules that build tensors with device="cuda" in code that a CPU run reaches.
+# Modules that create tensors with device="cuda" in code that a CPU run reaches.
 MODULES_WITH_CUDA_FACTORIES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.optimizer.optimizer",
@@ -35,7 +35,7 @@ FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like",
 
 
 def apply() -> None:
-    """Patch megatron-core for CPU; nothing on a machine with CUDA, nothing the second time."""
+    """Patch megatron-core for CPU. Does nothing on a machine with CUDA, or when called again."""
     if torch.cuda.is_available() or isinstance(torch.cuda.current_device, _Patched):
         return
     _patch_cuda_runtime()
@@ -47,7 +47,7 @@ def apply() -> None:
 
 
 class _Patched:
-    """A callable that is recognisable as one of this file's patches."""
+    """A callable that marks a patch of this file."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -57,24 +57,24 @@ class _Patched:
 
 
 class _NoStream:
-    """Stands for a CUDA stream; on CPU everything is in program order already."""
+    """Replaces a CUDA stream. On CPU everything runs in program order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def wait_stream(self, stream: Any) -> None:
-        """Order is given."""
+        """Do nothing: everything runs in program order."""
 
     def synchronize(self) -> None:
-        """Nothing is pending."""
+        """Do nothing: no work is pending."""
 
 
 def _patch_cuda_runtime() -> None:
-    """`torch.cuda` functions that raise without a driver.
+    """Replace `torch.cuda` functions that raise without a driver.
 
-    current_device: mcore passes it as `device=` of gathered and scattered buffers
-    (tensor_parallel.mappings, layers) and of gradient buffers. The rest are barriers and streams
-    (0.19 enters them in param_and_grad_buffer even when nothing overlaps).
+    current_device: megatron-core passes it as `device=` of gathered and scattered buffers
+    (tensor_parallel.mappings, layers) and of gradient buffers. The others are barriers and streams
+    (0.19 enters streams in param_and_grad_buffer even if nothing overlaps).
     """
     cuda: Any = torch.cuda
     cuda.current_device = _Patched(lambda: CPU)
@@ -87,10 +87,10 @@ def _patch_cuda_runtime() -> None:
 
 
 def _patch_tensor_methods() -> None:
-    """`Tensor.type()` and `Tensor.cuda()`.
+    """Replace `Tensor.type()` and `Tensor.cuda()`.
 
-    mcore's optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"` and clip_grads
-    asserts it; their checkpoint code moves tensors with `.cuda()`.
+    megatron-core's optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"`, and
+    clip_grads asserts it. Their checkpoint code moves tensors with `.cuda()`.
     """
     original_type = torch.Tensor.type
 
@@ -106,11 +106,11 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_random_state() -> None:
-    """`tensor_parallel.random`: the CUDA generator becomes the CPU's.
+    """Replace the CUDA generator by the CPU generator in `tensor_parallel.random`.
 
-    The tracker that gives tensor-parallel regions their own stream of random numbers saves and
-    restores the CUDA generator; dropout on CPU draws from the CPU generator, so that is the one to
-    save and restore.
+    Its tracker gives tensor-parallel regions their own stream of random numbers: it saves and
+    restores the state of the CUDA generator. Dropout on CPU draws from the CPU generator, so the
+    tracker must save and restore that one.
     """
     module: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     generator = torch.default_generator
@@ -133,7 +133,7 @@ def _patch_random_state() -> None:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor factory that puts on the CPU what was asked for on CUDA."""
+    """Wrap a tensor factory, so that it creates tensors for CUDA on the CPU."""
 
     @functools.wraps(factory)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Delegate(types.ModuleType):
-    """A module with some names replaced and all others looked up in the original."""
+    """A module with some names replaced; all others are looked up in the original."""
 
     def __init__(self, original: types.ModuleType, **replaced: Any) -> None:
         super().__init__(original.__name__)
@@ -161,5 +161,5 @@ class _Delegate(types.ModuleType):
 
 
 def _torch_with(**replaced: Any) -> _Delegate:
-    """`torch` with some names replaced, for one module's globals."""
+    """`torch` with some names replaced, for the globals of one module."""
     return _Delegate(torch, **replaced)

@@ -1,7 +1,7 @@
-"""Peak rate of a CUDA device in bf16, for the model-FLOPs utilisation (MFU) of a run.
+"""Peak bf16 rate of a CUDA device, for the model-FLOPs utilisation (MFU) of a run.
 
-Dense tensor-core rates as the makers state them, without structured sparsity (data sheets that give
-the sparse rate only are halved):
+Dense tensor-core rates in TFLOP/s, as published by the vendor. Where a data sheet gives only the
+rate with structured sparsity, we halve it:
 
     A100, A800          312     NVIDIA A100 data sheet
     A30                 165     NVIDIA A30 data sheet
@@ -15,8 +15,8 @@ the sparse rate only are halved):
     B200, B300          2250    DGX B200 data sheet (eight devices: 36 PFLOP/s sparse), HGX B300
     GB200, GB300        2500    GB200 NVL72 (72 devices: 360 PFLOP/s sparse)
 
-Left out: fp32, whose peak depends on whether TF32 is allowed, and devices that the table lacks; for
-them a run reports TFLOP/s without MFU.
+fp32 is not covered, because its peak depends on whether TF32 is allowed. In fp32, or on a device
+that is not in the table, a run reports TFLOP/s without MFU.
 """
 
 import re
@@ -49,11 +49,11 @@ BF16_TFLOPS: dict[frozenset[str], float] = {
         "GB300": 2500.0,
     }.items()
 }
-"""By words that a device's name has."""
+"""Peak bf16 TFLOP/s, by words that the name of a device contains."""
 
 
 def peak_tflops(*, bf16: bool) -> float | None:
-    """The current device's peak in TFLOP/s; None where it is unknown.
+    """Peak of the current device in TFLOP/s; None if it is unknown.
 
     Args:
         bf16: whether the run computes in bf16.
@@ -64,11 +64,11 @@ def peak_tflops(*, bf16: bool) -> float | None:
 
 
 def bf16_tflops(device_name: str) -> float | None:
-    """Peak of a device in TFLOP/s, dense; None where it is unknown.
+    """Dense peak of a device in TFLOP/s; None if it is unknown.
 
     Args:
-        device_name: as CUDA reports it, e.g. "NVIDIA H100 80GB HBM3". A slice of a device (MIG) has
-            a share of the peak that its name does not tell: None.
+        device_name: as CUDA reports it, e.g. "NVIDIA H100 80GB HBM3". The peak of a slice of a
+            device (MIG) is unknown, because the name does not contain its share.
     """
     words = set(re.split(r"[ -]", device_name))
     known = [key for key in BF16_TFLOPS if key <= words]

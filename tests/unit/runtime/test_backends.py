@@ -100,7 +100,7 @@ REFUSED = [
     (
         dataclasses.replace(H100, transformer_engine=TE, compute_capability=(8, 0)),
         {"fp8_format": "e4m3", "bf16": True},
-        "does not multiply in fp8",
+        "has no fp8 matmul",
     ),
     (
         H100,
