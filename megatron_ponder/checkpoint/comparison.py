@@ -4,26 +4,55 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ponder.config.layout import padded_vocab_size
-from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
 
-SHAPE_SETTINGS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "position_embedding_type",
-    "normalization",
-    "activation",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "add_attention_bias",
-    "qk_layernorm",
-    "parallel_residual",
-    "untie_embeddings_and_output_weights",
+SHAPE_SETTINGS = frozenset(
+    {
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "position_embedding_type",
+        "max_position_embeddings",
+        "normalization",
+        "activation",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "add_attention_bias",
+        "qk_layernorm",
+        "parallel_residual",
+        "untie_embeddings_and_output_weights",
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+    }
 )
-"""Settings without which the stored weights have no place, or another meaning."""
+"""Model settings that must match: otherwise the stored weights have no place or another meaning.
+
+Two of them count only as far as they show in the weights: `max_position_embeddings` as the length
+of the table of learned positions, and the two of the vocabulary together, as its padded size."""
+
+FREE_SETTINGS = frozenset(
+    {
+        "architecture",
+        "rotary_base",
+        "rotary_percent",
+        "rotary_seq_len_interpolation_factor",
+        "use_rope_scaling",
+        "rope_scaling_factor",
+        "rope_scaling_low_freq_factor",
+        "rope_scaling_high_freq_factor",
+        "rope_scaling_original_max_position_embeddings",
+        "norm_epsilon",
+        "hidden_dropout",
+        "attention_dropout",
+        "init_method",
+        "init_method_std",
+        "small_init_depth_counts_thoughts",
+    }
+)
+"""Model settings that may differ: the weights fit all the same. A change is logged."""
 
 RUN_SETTINGS = frozenset(
     {
@@ -42,15 +71,19 @@ REPEATED_SAMPLES = "samples_of_repeated_data"
 
 
 def shape_differences(stored: ResolvedConfig, ours: ResolvedConfig) -> list[str]:
-    """Settings that make the stored weights unusable, one line each; both configs resolved."""
-    before, now = stored.to_flat_dict(), ours.to_flat_dict()
-    names = list(SHAPE_SETTINGS)
-    if ours.model.position_embedding_type == "learned_absolute":
-        names.append("max_position_embeddings")
-    differences = [_line(name, before[name], now[name]) for name in names]
-    vocabularies = padded_vocab_size(stored.model), padded_vocab_size(ours.model)
-    differences.append(_line("padded vocabulary (vocab_size)", *vocabularies))
+    """Settings that make the stored weights unusable, one line each."""
+    before, now = _shape(stored.model), _shape(ours.model)
+    differences = [_line(name, before[name], now[name]) for name in now]
     return [difference for difference in differences if difference]
+
+
+def _shape(model: ResolvedModelConfig) -> dict[str, Any]:
+    """Everything about a model that its weights depend on."""
+    vocabulary = {"vocab_size", "make_vocab_size_divisible_by"}
+    values = {name: getattr(model, name) for name in sorted(SHAPE_SETTINGS - vocabulary)}
+    if model.position_embedding_type != "learned_absolute":
+        values["max_position_embeddings"] = None
+    return values | {"padded vocabulary (vocab_size)": padded_vocab_size(model)}
 
 
 def other_differences(stored: ResolvedConfig, ours: ResolvedConfig) -> list[str]:

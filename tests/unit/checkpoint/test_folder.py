@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.checkpoint import storage
-from megatron_ponder.checkpoint.comparison import other_differences, shape_differences
 from megatron_ponder.checkpoint.reader import find_checkpoint
 from megatron_ponder.checkpoint.stored_config import write_configs
 from megatron_ponder.checkpoint.writer import prepare_folder
-from megatron_ponder.config.schema import CheckpointConfig, RunConfig
+from megatron_ponder.config.schema import CheckpointConfig
 from megatron_ponder.errors import CheckpointError
 from tests.unit.checkpoint.small_run import small_config
 
@@ -111,42 +110,3 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot create"):
         prepare_folder(small_config(save=str(tmp_path / "file" / "run")))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"num_layers": 3}, "num_layers: 4 in the checkpoint, 3 now"),
-        ({"hidden_size": 64, "kv_channels": 8}, "hidden_size: 32 in the checkpoint, 64 now"),
-        ({"vocab_size": 70}, "padded vocabulary (vocab_size): 64 in the checkpoint, 72 now"),
-        ({"normalization": "LayerNorm"}, "normalization: RMSNorm in the checkpoint, LayerNorm now"),
-    ],
-)
-def test_other_shapes_are_named(change: dict, named: str) -> None:
-    assert shape_differences(small_config(), small_config(**change)) == [named]
-
-
-def test_learned_positions_have_a_shape() -> None:
-    learned = {"position_embedding_type": "learned_absolute"}
-    short = small_config(max_position_embeddings=16, **learned)
-    long = small_config(max_position_embeddings=32, **learned)
-    assert shape_differences(short, long)
-    rope = small_config(max_position_embeddings=16), small_config(max_position_embeddings=32)
-    assert not shape_differences(*rope)
-
-
-def test_other_changes_are_reported_unless_they_do_nothing() -> None:
-    before = small_config(lr=1e-3, log_interval=1, save="a")
-    now = small_config(lr=2e-3, log_interval=5, save="b", num_workers=7)
-    assert other_differences(before, now) == [
-        "lr: 0.001 in the checkpoint, 0.002 now",
-        "min_lr: 0.0001 in the checkpoint, 0.0002 now",
-    ]
-    assert not shape_differences(before, now)
-
-
-def test_no_setting_is_forgotten_by_accident() -> None:
-    """Names in the comparison are names of settings."""
-    from megatron_ponder.checkpoint.comparison import RUN_SETTINGS, SHAPE_SETTINGS
-
-    assert set(RunConfig().to_flat_dict()) > RUN_SETTINGS | set(SHAPE_SETTINGS)
