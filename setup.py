@@ -15,6 +15,7 @@ setup(
         "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
         "numpy",
         "tyro>=1.0",
+        "docstring-parser",
         "pyyaml",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 
 from benchmarks.commands import COMMANDS
 from megatron_ponder import log
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.errors import ConfigError, exit_on_user_error
 
@@ -40,7 +41,12 @@ def main() -> None:
         raise ConfigError(f"{command}: what to measure must come first: {', '.join(COMMANDS)}.")
     chosen, prog = COMMANDS[command], f"tools/benchmark.py {command}"
     options, settings = tyro.cli(
-        chosen.options, prog=prog, description=__doc__, args=arguments, return_unknown_args=True
+        chosen.options,
+        prog=prog,
+        description=__doc__,
+        args=arguments,
+        return_unknown_args=True,
+        registry=HELP,
     )
     if settings and not chosen.takes_settings:
         raise ConfigError(f"{' '.join(settings)}: not among the flags of {prog}.")

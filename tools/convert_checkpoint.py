@@ -1,4 +1,4 @@
-"""Converts between Hugging Face folders and checkpoints of this package. Needs no GPU.
+r"""Converts between Hugging Face folders and checkpoints of this package. Needs no GPU.
 
     python tools/convert_checkpoint.py import --hf-path pythia-410m --save runs/start
     python tools/convert_checkpoint.py import --hf-path llama --save runs/start \
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.convert.options import ExportOptions, ImportOptions
 from megatron_ponder.errors import ConfigError, exit_on_user_error
 
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in commands:
         raise ConfigError(f"{command}: what to do must come first: {', '.join(commands)}.")
     prog = f"convert_checkpoint.py {command}"
-    options = tyro.cli(commands[command], prog=prog, description=__doc__, args=arguments)
+    options = tyro.cli(
+        commands[command], prog=prog, description=__doc__, args=arguments, registry=HELP
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a conversion takes one process: start it without torchrun.")
     from megatron_ponder import log

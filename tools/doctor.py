@@ -14,6 +14,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.errors import exit_on_user_error
 
@@ -28,7 +29,11 @@ def main() -> None:
     from megatron_ponder.runtime.diagnosis import DoctorOptions, as_text, diagnose
 
     options, settings = tyro.cli(
-        DoctorOptions, prog="tools/doctor.py", description=__doc__, return_unknown_args=True
+        DoctorOptions,
+        prog="tools/doctor.py",
+        description=__doc__,
+        return_unknown_args=True,
+        registry=HELP,
     )
     report = diagnose(parse_args(settings, prog="tools/doctor.py"), find_capabilities())
     print(json.dumps(report, indent=1) if options.json else as_text(report))

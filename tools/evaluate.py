@@ -18,6 +18,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.errors import exit_on_user_error
 from megatron_ponder.inference.options import EvaluateOptions
 
@@ -25,7 +26,9 @@ from megatron_ponder.inference.options import EvaluateOptions
 @exit_on_user_error
 def main() -> None:
     """Parse flags, evaluate, print."""
-    options = tyro.cli(EvaluateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    options = tyro.cli(
+        EvaluateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,), registry=HELP
+    )
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn

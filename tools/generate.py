@@ -16,6 +16,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.errors import exit_on_user_error
 from megatron_ponder.inference.options import GenerateOptions
 
@@ -23,7 +24,9 @@ from megatron_ponder.inference.options import GenerateOptions
 @exit_on_user_error
 def main() -> int:
     """Parse flags, generate, print."""
-    options = tyro.cli(GenerateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    options = tyro.cli(
+        GenerateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,), registry=HELP
+    )
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn

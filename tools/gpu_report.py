@@ -19,13 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 
 from benchmarks.gpu_report import GpuReportOptions, run_report
 from megatron_ponder import log
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.errors import exit_on_user_error
 
 
 @exit_on_user_error
 def main() -> int:
     """Parse flags, run, write."""
-    options = tyro.cli(GpuReportOptions, prog="tools/gpu_report.py", description=__doc__)
+    options = tyro.cli(
+        GpuReportOptions, prog="tools/gpu_report.py", description=__doc__, registry=HELP
+    )
     log.configure()
     return 0 if run_report(options) else 1
 

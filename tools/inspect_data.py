@@ -1,4 +1,4 @@
-"""Prints statistics of an indexed dataset, shows documents, and verifies the files.
+r"""Prints statistics of an indexed dataset, shows documents, and verifies the files.
 
     python tools/inspect_data.py --data-path data/corpus_text_document
     python tools/inspect_data.py --data-path data/corpus_text_document --verify
@@ -13,6 +13,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.errors import exit_on_user_error
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     from megatron_ponder.data.inspection import InspectConfig, inspect_dataset
 
     log.configure()
-    config = tyro.cli(InspectConfig, description=__doc__)
+    config = tyro.cli(InspectConfig, description=__doc__, registry=HELP)
     result = inspect_dataset(config)
     if config.json:
         print(json.dumps(result, indent=1))

@@ -1,4 +1,4 @@
-"""Merges indexed datasets into one, without tokenizing again.
+r"""Merges indexed datasets into one, without tokenizing again.
 
     python tools/merge_datasets.py --input data/a_text_document data/b_text_document \
         --output-prefix data/all_text_document
@@ -11,6 +11,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.errors import exit_on_user_error
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     from megatron_ponder.data.merging import MergeConfig, merge_datasets
 
     log.configure()
-    config = tyro.cli(MergeConfig, description=__doc__)
+    config = tyro.cli(MergeConfig, description=__doc__, registry=HELP)
     entry = merge_datasets(config)
     print(f"{config.output_prefix}: {entry['documents']} documents, {entry['tokens']} tokens")
 

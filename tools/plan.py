@@ -25,6 +25,7 @@ from typing import Any
 import tyro
 
 from megatron_ponder import log
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import exit_on_user_error
@@ -46,10 +47,9 @@ def _parse(
     kind: type, prog: str, description: str | None, arguments: list[str]
 ) -> tuple[Any, RunConfig]:
     known = {"prog": prog, "description": description, "return_unknown_args": True}
-    options, settings = tyro.cli(kind, args=arguments, **known)
-    config = parse_args(settings, prog=prog)
+    options, settings = tyro.cli(kind, args=arguments, registry=HELP, **known)
     log.configure()  # before imports that warn
-    return options, config
+    return options, parse_args(settings, prog=prog)
 
 
 def _plan(options: PlanOptions, config: RunConfig) -> None:

@@ -11,6 +11,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.data.options import PrepareIndexOptions
 from megatron_ponder.errors import exit_on_user_error
@@ -24,6 +25,7 @@ def main() -> None:
         prog="tools/prepare_index.py",
         description=__doc__,
         return_unknown_args=True,
+        registry=HELP,
     )
     config = parse_args(settings, prog="tools/prepare_index.py")
     from megatron_ponder import log

@@ -1,4 +1,4 @@
-"""Tokenizes a corpus into an indexed dataset for training.
+r"""Tokenizes a corpus into an indexed dataset for training.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \
         --tokenizer-model tokenizer.model --append-eod --workers 8
@@ -13,6 +13,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.errors import exit_on_user_error
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     log.configure()  # before the imports below, some of which warn
     from megatron_ponder.data.preprocess import PreprocessConfig, preprocess
 
-    config = tyro.cli(PreprocessConfig, description=__doc__)
+    config = tyro.cli(PreprocessConfig, description=__doc__, registry=HELP)
     summary = preprocess(config)
     rejected = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.rejected.items()))
     print(

@@ -10,6 +10,7 @@ import sys
 
 import tyro
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.errors import exit_on_user_error
 
 
@@ -24,7 +25,7 @@ def main() -> None:
         train_sentencepiece,
     )
 
-    config = tyro.cli(TokenizerTrainingConfig, description=__doc__)
+    config = tyro.cli(TokenizerTrainingConfig, description=__doc__, registry=HELP)
     train_sentencepiece(config)
     if config.hf_output:
         print(f"{config.hf_output}: the same tokenizer for Hugging Face")

@@ -1,8 +1,8 @@
-"""Flags, YAML and presets become one `RunConfig`.
+"""Combines flags, YAML and presets into one `RunConfig`.
 
-A preset and a YAML file are sets of flags, read before those of the command line: the same names,
-the same types, and the last one wins. So there is one parser (tyro, from the schema's types and
-docstrings) and nothing to keep in step with it. Left out: everything about what the settings mean.
+A preset and a YAML file are sets of flags that are put before those of the command line; the last
+value of a flag wins. One parser (tyro, from the types and docstrings of the schema) therefore reads
+all three. Nothing here knows what the settings mean.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 import yaml
 
+from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.config.presets import PRESETS
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
@@ -25,36 +26,36 @@ DESCRIPTION = f"""Pretrain a language model with latent thoughts.
   torchrun --nproc-per-node 8 -m megatron_ponder.pretrain --config run.yaml --bf16
 
 Settings come from four places, the later ones winning: defaults, a preset (the shape of a known
-model), a YAML file (flags with underscores as keys, e.g. "num_layers: 12"; it may name its preset
-as "preset: llama-410m"), and flags. The whole config is printed at the start of a run and stored in
-its checkpoints. docs/train.md explains the flags by task.
+model), a YAML file (keys are flags with underscores, e.g. "num_layers: 12"; "preset: llama-410m"
+names a preset), and flags. The resolved config is printed at the start of a run; checkpoints store
+both the given and the resolved config. docs/train.md explains the flags by task.
 
 Presets: {", ".join(PRESETS)}."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CommandLine:
-    """What stands on a command line."""
+    """The arguments of a run."""
 
     config: str | None = None
-    """YAML file with settings."""
+    """YAML file with settings, for example run_config.yaml of a checkpoint."""
     preset: str | None = None
-    """Shape of a known model."""
+    """Shape of a known model, from the list above."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
 def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -> RunConfig:
-    """Settings from the arguments of a command line.
+    """Parse the arguments of a command line.
 
-    `--help` and an argument that tyro refuses end the process, with exit code 0 and 2.
+    `--help` ends the process with exit code 0, an invalid argument with exit code 2.
 
     Args:
         argv: arguments without the program's name.
-        prog: the program's name in messages.
-        description: what `--help` says first.
+        prog: name of the program in messages.
+        description: opening paragraph of `--help`.
 
     Raises:
-        ConfigError: the YAML file or the preset cannot be used.
+        ConfigError: the YAML file or the preset is invalid.
     """
     config_path, preset = _sources(argv)
     from_yaml = _read_yaml(config_path) if config_path else {}
@@ -69,10 +70,10 @@ def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -
 def config_from_flat_dict(values: Mapping[str, Any]) -> RunConfig:
     """The inverse of `RunConfig.to_flat_dict`, also after a round trip through YAML or JSON.
 
-    Settings that are missing take their defaults.
+    Missing settings take their defaults.
 
     Raises:
-        ConfigError: a setting that this version does not have.
+        ConfigError: this version does not have one of the settings.
     """
     known = RunConfig().to_flat_dict()
     unknown = sorted(set(values) - set(known))
@@ -93,18 +94,19 @@ def dump_yaml(config: RunConfig) -> str:
 
 
 def _parse(args: Sequence[str], prog: str, description: str) -> RunConfig:
-    """Let tyro parse flags."""
+    """Parse flags with tyro."""
     return tyro.cli(
         _CommandLine,
         prog=prog,
         description=description,
         args=args,
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=HELP,
     ).run
 
 
 def _sources(argv: Sequence[str]) -> tuple[str | None, str | None]:
-    """Values of --config and --preset, the last ones; everything else is left to tyro."""
+    """The last values of --config and --preset; tyro parses everything else."""
     values: dict[str, str | None] = {"--config": None, "--preset": None}
     for position, argument in enumerate(argv):
         name, separator, value = argument.partition("=")
@@ -125,7 +127,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: must be a mapping of settings to values.")
+        raise ConfigError(f"--config {path}: must be a mapping from settings to values.")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
@@ -140,7 +142,7 @@ def _preset_tokens(name: str) -> list[str]:
 
 
 def _checked_tokens(settings: Mapping[str, Any], source: str) -> list[str]:
-    """The flags that a YAML file stands for; what tyro would refuse is named by file and key."""
+    """The flags that a YAML file stands for. Errors name the file and the key."""
     known = RunConfig().to_flat_dict()
     unknown = [key for key in settings if key not in known]
     if unknown:
@@ -160,7 +162,7 @@ def _checked_tokens(settings: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _is_accepted(tokens: Sequence[str]) -> bool:
-    """Whether tyro parses these flags."""
+    """Whether tyro accepts these flags."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
             _parse(tokens, "", "")
@@ -170,7 +172,7 @@ def _is_accepted(tokens: Sequence[str]) -> bool:
 
 
 def _tokens(key: str, value: Any) -> list[str]:
-    """One setting as it would stand on a command line."""
+    """One setting as command-line arguments."""
     if isinstance(value, bool):
         return [_flag(key) if value else _flag(f"no_{key}")]
     if isinstance(value, list | tuple):
@@ -193,6 +195,6 @@ def _types() -> dict[str, str]:
 
 
 def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    """A hint, if something similar is known."""
+    """A hint if a known name is similar."""
     close = difflib.get_close_matches(name, known, n=2)
     return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -2,8 +2,7 @@
 
 import hashlib
 
-from megatron_ponder.config.resolved import ResolvedConfig
-from megatron_ponder.config.schema import MethodConfig
+from megatron_ponder.config.schema import MethodConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.ponder.method import Method
 from megatron_ponder.ponder.plan import PassPlan
@@ -43,7 +42,7 @@ def possible_plans(method: Method) -> list[PassPlan]:
     return [training_plan(method, r) for r in possible_jacobi_iterations(method.config)]
 
 
-def check_hook_counts(config: ResolvedConfig, method: Method) -> None:
+def check_hook_counts(config: RunConfig, method: Method) -> None:
     """Refuse an overlapped reduction that could start before a gradient is complete.
 
     `parallel.parallel_model` explains how megatron-core counts gradients.

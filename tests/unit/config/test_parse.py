@@ -1,11 +1,14 @@
 """Defaults, presets, YAML and flags: which wins, what is refused, and round trips."""
 
+import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from docstring_parser import parse_from_object
 
 from megatron_ponder.config.parse import config_from_flat_dict, dump_yaml, parse_args
 from megatron_ponder.config.presets import PRESETS
@@ -112,14 +115,29 @@ def test_a_config_of_another_version_is_refused() -> None:
 
 
 def test_help_teaches_and_imports_no_torch() -> None:
-    program = (
-        "import sys\nfrom megatron_ponder.pretrain import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as exit_:\n    assert not exit_.code\n"
-        "assert not {'torch', 'numpy', 'megatron.core'} & set(sys.modules)\n"
-    )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    program = """
+import dataclasses, sys
+from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.pretrain import main
+try:
+    main(["--help"])
+except SystemExit as exit_:
+    assert not exit_.code
+assert not {"torch", "numpy", "megatron.core"} & set(sys.modules)
+for group in dataclasses.fields(RunConfig):
+    for field in dataclasses.fields(group.type):
+        assert "\\n" not in field.metadata["help"], "a line break is left in the text"
+"""
+    narrow = os.environ | {"COLUMNS": "80"}
+    command = [sys.executable, "-c", program]
+    shown = subprocess.run(command, capture_output=True, text=True, env=narrow)
     assert shown.returncode == 0, shown.stderr
+    words = " ".join(shown.stdout.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    for group in dataclasses.fields(RunConfig):
+        texts = {t.arg_name: t.description for t in parse_from_object(group.type).params}
+        assert texts.keys() == {field.name for field in dataclasses.fields(group.type)}
+        for text in texts.values():
+            assert " ".join(text.split()) in words
     for part in (
         "torchrun",
         "--num-jacobi-iterations",
