@@ -1,4 +1,4 @@
-"""Builds the sample and shuffle indexes of a training run before it starts.
+r"""Builds the sample and shuffle indexes of a training run before it starts.
 
     python tools/prepare_index.py --world-size 1024 --config run.yaml \
         --data-path data/corpus_text_document
