@@ -154,7 +154,7 @@ def _attention_that_fails(config: ResolvedConfig, found: Capabilities) -> Iterat
             "auto or sdpa."
         )
     if wanted == "te" and not config.training.bf16:
-        yield "--attention-backend te needs --bf16: its fused kernels have no fp32 version. Use sdpa."
+        yield "--attention-backend te needs --bf16: its kernels do not support fp32. Use sdpa."
     if _wants_ring(config) and not found.transformer_engine.is_usable:
         yield (
             "--context-parallel-attention transformer_engine: TransformerEngine "

@@ -50,7 +50,7 @@ def test_cudnn_is_left_out_with_a_reason() -> None:
     broken = dataclasses.replace(H100, attends_with_cudnn="no plan")
     for found, reason in (
         (broken, "not cudnn: no plan"),
-        (dataclasses.replace(H100, compute_capability=(8, 0)), "from Hopper on only"),
+        (dataclasses.replace(H100, compute_capability=(8, 0)), "only on Hopper and later"),
     ):
         backends = choose(found)
         assert "cudnn" not in backends.sdpa_order and "flash" in backends.sdpa_order
