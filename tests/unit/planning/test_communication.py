@@ -47,6 +47,15 @@ def test_two_ranks(architecture: str, method: str, layouts: dict[str, dict[str, 
     check(architecture, method, layouts)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [("llama", "ponderlm"), ("llama", "accumulating"), ("gpt2", "ponderlm"), ("llama", "pause")],
+)
+def test_two_replicas_of_other_methods(architecture: str, method: str) -> None:
+    check(architecture, method, DATA_PARALLEL)
+
+
 def test_norms_of_heads() -> None:
     """Their gradients are added up over tensor-parallel ranks, with sequence shards or without."""
     layouts = {name: QWEN3 | MODEL_PARALLEL[name] for name in ("TP2", "TP2 + SP")}

@@ -65,6 +65,19 @@ def test_one_process(shape: str) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "small"])
+def test_one_process_by_every_method(shape: str) -> None:
+    changes, tried = SHAPES[shape]
+    check_all(
+        [
+            small_run(architecture, method, **changes)
+            for architecture, method in itertools.product(ARCHITECTURES, METHODS)
+            if method not in tried
+        ]
+    )
+
+
 RECOMPUTED: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full"},
     "full, 2 layers": {"recompute_granularity": "full", "recompute_num_layers": 2},
