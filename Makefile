@@ -9,8 +9,12 @@ TORCH := torch==2.13.0
 # One thread per process: tests and quickstart start several processes themselves.
 export OMP_NUM_THREADS ?= 1
 
+# Processes that run tests, each with 1-2 GiB and at times eight ranks of its own.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check format clean
+.PHONY: help install quickstart test-fast test test-all check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -28,11 +32,14 @@ $(STAMP): setup.py pyproject.toml
 quickstart: $(STAMP) ## pretrain and compare two small models (10 minutes on 2 cores, no GPU); METHODS=all: five
 	$(BIN)/python examples/quickstart/run.py $(if $(METHODS),--methods $(METHODS))
 
-test: $(STAMP) ## the tests that need no GPU and no patience (about 23 minutes on 2 shared cores)
-	$(BIN)/python -m pytest -q -m "not slow"
+test-fast: $(STAMP) ## unit tests without ranks, for the work in between (90 seconds on 2 cores)
+	$(PYTEST) -m "not slow and not thorough" tests/rules tests/unit
+
+test: $(STAMP) ## the tests that need no GPU and no patience (10 minutes on 2 cores; WORKERS=2)
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP) ## all tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(STAMP) ## lint, types, rules of the house
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ setup(
     extras_require={
         "dev": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "tiktoken",
             "lm_eval",

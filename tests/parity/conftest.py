@@ -1,31 +1,25 @@
 """One set of checkpoints and one truth for all tests of layouts."""
 
 import pytest
+import torch
 
-from tests.parity.layouts import (
-    MODELS,
-    NUM_STEPS_OF_MATRIX,
-    Layout,
-    measure_layout,
-    prepare_checkpoints,
-)
+from tests.parity.layouts import MODELS, Layout, measure_layout, prepare_checkpoints
+from tests.shared import build_once
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """A folder with a checkpoint per model."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    prepare_checkpoints(folder)
-    return str(folder)
+    return str(build_once(tmp_path_factory, "checkpoints", prepare_checkpoints))
 
 
 @pytest.fixture(scope="session")
-def single_process(checkpoints):
+def single_process(checkpoints, tmp_path_factory):
     """The one truth."""
-    return measure_layout(Layout(1, {}), list(MODELS), checkpoints)[0]
 
+    def build(folder):
+        (measured,) = measure_layout(Layout(1, {}), list(MODELS), checkpoints)
+        torch.save(measured, folder / "measured.pt")
 
-@pytest.fixture(scope="session")
-def single_process_of_matrix(checkpoints):
-    """The same, with as many steps as the whole matrix takes."""
-    return measure_layout(Layout(1, {}), list(MODELS), checkpoints, NUM_STEPS_OF_MATRIX)[0]
+    folder = build_once(tmp_path_factory, "single_process", build)
+    return torch.load(folder / "measured.pt", weights_only=False)

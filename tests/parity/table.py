@@ -15,7 +15,6 @@ import torch
 from tests.parity.layouts import (
     LAYOUTS,
     MODELS,
-    NUM_STEPS_OF_MATRIX,
     RECOMPUTE,
     Layout,
     measure_layout,
@@ -77,13 +76,13 @@ def run_matrix() -> dict[str, dict[str, dict[str, list[float]]]]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         prepare_checkpoints(Path(folder))
-        truth = measure_layout(Layout(1, {}), list(MODELS), folder, NUM_STEPS_OF_MATRIX)[0]
+        truth = measure_layout(Layout(1, {}), list(MODELS), folder)[0]
         start_s = time.monotonic()
         for position, (name, recompute, models) in enumerate(todo):
             layout = LAYOUTS[name]
             settings = layout.settings | RECOMPUTE[recompute]
             wider = Layout(layout.world_size, settings)
-            by_rank = measure_layout(wider, models, folder, NUM_STEPS_OF_MATRIX)
+            by_rank = measure_layout(wider, models, folder)
             cell = {
                 model: [
                     max(column)

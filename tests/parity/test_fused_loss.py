@@ -54,7 +54,7 @@ def test_twenty_steps(checkpoints):
     """The same losses to the last step, in fp32."""
     losses = []
     for settings in ({}, FUSED):
-        config = config_of("llama k2", settings, 1)
+        config = config_of("llama k2", {"micro_batch_size": 4} | settings, 1)
         arguments = config, f"{checkpoints}/llama k2", batch(), 20
         (measured,) = run_ranks(measure, 1, *arguments)
         losses.append(torch.tensor(measured.losses))
@@ -65,7 +65,7 @@ def test_twenty_steps(checkpoints):
 def test_bf16(checkpoints):
     losses = []
     for settings in ({}, FUSED):
-        config = config_of("llama k2", {"bf16": True} | settings, 1)
+        config = config_of("llama k2", {"bf16": True, "micro_batch_size": 4} | settings, 1)
         (measured,) = run_ranks(measure, 1, config, f"{checkpoints}/llama k2", batch(), 5)
         losses.append(torch.tensor(measured.losses))
     assert largest_difference(losses[1], losses[0]) <= BF16_LOSS_ABSOLUTE

@@ -12,7 +12,6 @@ from tests.parity.layouts import (
     LAYOUTS,
     MODELS,
     NUM_STEPS,
-    NUM_STEPS_OF_MATRIX,
     PP2,
     RECOMPUTE,
     VP2,
@@ -57,7 +56,7 @@ def assert_equal(measured: list[dict[str, Measured]], truth: dict[str, Measured]
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_single_process(name, checkpoints, single_process):
-    """Logits, loss, gradient norms, every gradient and the weights after five steps."""
+    """Logits, loss, gradient norms, every gradient and the weights after three steps."""
     models = REPRESENTATIVE.get(name, OF_EACH_KIND)
     assert_equal(measure_layout(LAYOUTS[name], models, checkpoints), single_process, name)
 
@@ -90,13 +89,11 @@ def test_selective_recomputation_on_layouts(name, checkpoints, single_process):
 @SLOW
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_whole_matrix(name, recompute, checkpoints, single_process_of_matrix):
+def test_whole_matrix(name, recompute, checkpoints, single_process):
     layout = LAYOUTS[name]
     settings = layout.settings | RECOMPUTE[recompute]
-    measured = measure_layout(
-        Layout(layout.world_size, settings), list(MODELS), checkpoints, NUM_STEPS_OF_MATRIX
-    )
-    assert_equal(measured, single_process_of_matrix, f"{name}, recompute {recompute}")
+    measured = measure_layout(Layout(layout.world_size, settings), list(MODELS), checkpoints)
+    assert_equal(measured, single_process, f"{name}, recompute {recompute}")
 
 
 FAULTS_BY_LAYOUT = {

@@ -20,7 +20,7 @@ BF16_LOSS_ABSOLUTE = 1e-2
 FUSED_TRAJECTORY_ABSOLUTE = 2e-5
 """Of each of twenty losses, kernels on and off in fp32: rounding, carried on by AdamW."""
 WEIGHTS_ABSOLUTE = 1e-5
-"""After five AdamW steps with eps 1e-5; a smaller eps amplifies gradients that are noise."""
+"""After three AdamW steps with eps 1e-5; a smaller eps amplifies gradients that are noise."""
 
 
 def largest_difference(actual: Tensor, expected: Tensor) -> float:

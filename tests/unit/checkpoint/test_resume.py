@@ -24,8 +24,8 @@ from tests.unit.checkpoint.small_run import (
     small_config,
 )
 
-SAVED_AT = 3
-LAST = 6
+SAVED_AT = 2
+LAST = 4
 BF16 = {"bf16": True}
 OVERLAP = DIST_OPT | {"overlap_grad_reduce": True, "overlap_param_gather": True}
 MIXING = {"method": "ponderlm", "num_latent_thoughts": 2, "num_layers": 4}

@@ -95,7 +95,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "TP1",
+        pytest.param("TP2", marks=pytest.mark.slow),
+        pytest.param("PP2", marks=pytest.mark.slow),
+        "TP2 x PP2",
+    ],
+)
 def test_weights_of_every_layout(layout: str, sources: Path, tmp_path: Path) -> None:
     """Every stock model, bit by bit."""
     world_size, settings = LAYOUTS[layout]

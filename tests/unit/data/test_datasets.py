@@ -207,24 +207,32 @@ def test_the_fingerprint_follows_content_blend_and_order(tmp_path: Path) -> None
     moved = corpora.write_ids(tmp_path / "b" / "other", [[1] * 30] * 4)
     high = corpora.write_ids(tmp_path / "a" / "high", [[2] * 30] * 4)
 
-    def fingerprint(**settings: Any) -> dict[str, Any]:
-        settings = {"data_path": (low,), **settings}
-        return run_ranks(_fingerprint, 1, settings)[0]
-
-    first = fingerprint()
-    assert fingerprint(data_path=(moved,)) == first
-    assert fingerprint(data_cache_path=str(tmp_path / "c"), num_workers=7) == first
-    for changed in (
+    blend = {"data_path": ("1", low, "3", high)}
+    same = [
+        {},
+        {"data_path": (moved,)},
+        {"data_cache_path": str(tmp_path / "c"), "num_workers": 7},
+    ]
+    other = [
         {"data_path": (high,)},
         {"data_path": ("1", low, "1", high)},
         {"split": "1,1,1"},
         {"seed": 3},
         {"seq_length": 4},
-    ):
-        assert fingerprint(**changed) != first
-    blend = {"data_path": ("1", low, "3", high)}
-    assert fingerprint(**blend) == fingerprint(data_path=("0.25", low, "0.75", high))
-    assert fingerprint(**blend) != fingerprint(data_path=("3", low, "1", high))
+    ]
+    blends = [blend, {"data_path": ("0.25", low, "0.75", high)}]
+    blends += [{"data_path": ("3", low, "1", high)}]
+    given = [{"data_path": (low,), **settings} for settings in (*same, *other, *blends)]
+    (found,) = run_ranks(_fingerprints, 1, given)
+    first = found[0]
+    assert found[: len(same)] == [first] * len(same)
+    assert first not in found[len(same) :]
+    weighted, scaled, swapped = found[-3:]
+    assert weighted == scaled != swapped
+
+
+def _fingerprints(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [_fingerprint(each) for each in settings]
 
 
 def _fingerprint(settings: dict[str, Any]) -> dict[str, Any]:
