@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.launch import LAUNCH_TIMEOUT_S, ROOT
+from tests.commands import ROOT, TIMEOUT_S, run_forked
 
 SHAPE = (
     "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --vocab-size 64 --seq-length 16 "
@@ -21,14 +21,8 @@ SMALL = [*SHAPE, *"--steps 1 --rounds 2 --warmup-steps 1".split()]
 TIMED_RUN_TIMEOUT_S, QUIET_TIMEOUT_S = 900, 300
 
 
-def run(*arguments: str, timeout_s: float = LAUNCH_TIMEOUT_S) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools/benchmark.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+def run(*arguments: str, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
+    return run_forked("tools/benchmark.py", *arguments, timeout_s=timeout_s)
 
 
 def test_train(tmp_path: Path) -> None:
@@ -102,7 +96,7 @@ def test_gpu_report_in_small(tmp_path: Path) -> None:
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
-            timeout=LAUNCH_TIMEOUT_S,
+            timeout=TIMEOUT_S,
         )
 
     here = ("--allow-cpu", "--tiny", "--folder", str(tmp_path), "--parts", "kernels-410m")

@@ -159,19 +159,15 @@ def measure_models(
 ) -> dict[str, Measured]:
     """Measure each model from its checkpoint (inside a rank)."""
     return {
-        model: measure(config, f"{folder}/{model}", batch(), num_steps)
+        model: measure(config, f"{folder}/{model}", batch(), NUM_STEPS)
         for model, config in runs.items()
     }
 
 
-def measure_layout(
-    layout: Layout, models: list[str], folder: str, num_steps: int = NUM_STEPS
-) -> list[dict[str, Measured]]:
+def measure_layout(layout: Layout, models: list[str], folder: str) -> list[dict[str, Measured]]:
     """Every model on one layout, by rank."""
     runs = {m: config_of(m, layout.settings, layout.world_size) for m in models}
-    return run_ranks(
-        measure_models, layout.world_size, runs, folder, num_steps, timeout_s=TIMEOUT_S
-    )
+    return run_ranks(measure_models, layout.world_size, runs, folder, timeout_s=TIMEOUT_S)
 
 
 def write_checkpoints(runs: dict[str, RunConfig], folder: str) -> None:

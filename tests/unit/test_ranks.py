@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from tests.ranks import RanksFailed, run_ranks
 
+pytestmark = pytest.mark.thorough
+
 
 def add_ranks(start):
     total = torch.tensor(float(dist.get_rank() + start))

@@ -24,6 +24,8 @@ from tests.unit.checkpoint.small_run import (
     small_config,
 )
 
+pytestmark = pytest.mark.thorough
+
 SAVED_AT = 2
 LAST = 4
 BF16 = {"bf16": True}

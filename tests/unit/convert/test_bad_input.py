@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, models
 from tests.unit.convert.conversion import alone, config_of, convert, convert_well
 from tests.unit.convert.stock_models import write_stock_model
 
+pytestmark = pytest.mark.thorough
+
 INDEX = "model.safetensors.index.json"
 
 

@@ -25,6 +25,8 @@ from tests.unit.convert.conversion import alone, config_of, convert_well, export
 from tests.unit.convert.stock_models import MODELS, stock_config, write_stock_model
 from tests.unit.convert.test_round_trip import assert_same_weights, checkpoint_logits
 
+pytestmark = pytest.mark.thorough
+
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {

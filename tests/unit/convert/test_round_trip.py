@@ -29,6 +29,8 @@ from tests.unit.convert.conversion import (
 )
 from tests.unit.convert.stock_models import MODELS, build_stock_model, write_stock_model
 
+pytestmark = pytest.mark.thorough
+
 IDS = torch.randint(101, (2, 20), generator=torch.Generator().manual_seed(3))
 
 

@@ -17,6 +17,8 @@ from megatron_ponder.train.step import TrainingState, num_microbatches
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import build_training_state, iteration_batches, small_config
 
+pytestmark = pytest.mark.thorough
+
 TIED = {"untie_embeddings_and_output_weights": False}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

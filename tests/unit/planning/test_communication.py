@@ -10,6 +10,8 @@ from tests.ranks import run_ranks
 from tests.unit.planning.measured_traffic import measure_traffic
 from tests.unit.planning.runs import QWEN3, small_run
 
+pytestmark = pytest.mark.thorough
+
 TOLERANCE = 0.005
 """Sums of norms and losses over ranks are not predicted."""
 MODEL_PARALLEL: dict[str, dict[str, Any]] = {

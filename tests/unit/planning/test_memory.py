@@ -16,6 +16,8 @@ from tests.ranks import run_ranks
 from tests.unit.planning.measured_memory import measure
 from tests.unit.planning.runs import ARCHITECTURES, METHODS, QWEN3, small_run
 
+pytestmark = pytest.mark.thorough
+
 STEP_TOLERANCE = 0.10
 WIDE: dict[str, Any] = {
     "hidden_size": 256,

@@ -23,6 +23,8 @@ from megatron_ponder.planning.scaling_time import GROUPS_SIMULATED, StepClock
 from megatron_ponder.planning.timeline import simulate
 from tests.unit.planning.scaling_document import PRESETS, scale, tables, written
 
+pytestmark = pytest.mark.thorough
+
 OPTIONS = ScalingOptions(world_sizes=(8,), largest_micro_batch_size=2)
 FLAGS = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 704 --num-attention-heads 8 "

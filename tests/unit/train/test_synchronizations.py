@@ -13,6 +13,8 @@ from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import build_training_state, iteration_batches, small_config
 from tests.unit.train.synchronizations import synchronizations
 
+pytestmark = pytest.mark.thorough
+
 FIXED_R = {"random_jacobi_iterations": False}
 METHODS: dict[str, dict[str, object]] = {
     "vanilla": {"method": "vanilla", **FIXED_R},
