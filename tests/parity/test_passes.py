@@ -40,6 +40,7 @@ OVERLAP_ALL = OVERLAP | DIST_OPT | {"overlap_param_gather": True}
 OVERLAP_P2P = {"overlap_p2p_communication": True}
 RANDOM_R = {"random_jacobi_iterations": True, "min_jacobi_iterations": 0}
 PASSES = {"recompute_granularity": "pass"}
+SLOW = pytest.mark.slow
 
 
 def measured(model: str, layout: Layout, folder: str, **options) -> list[Measured]:
@@ -61,7 +62,7 @@ def assert_layouts_equal(model: str, settings: dict, layouts: dict, folder: str,
             assert not violations(numbers, truth), name
 
 
-@pytest.mark.parametrize("model", ["llama k2", "gpt2 k1"])
+@pytest.mark.parametrize("model", ["llama k2", pytest.param("gpt2 k1", marks=SLOW)])
 def test_the_number_of_passes_changes_from_step_to_step(model, checkpoints):
     layouts = {
         "PP2": Layout(2, PP2),
@@ -69,9 +70,6 @@ def test_the_number_of_passes_changes_from_step_to_step(model, checkpoints):
         "PP2 x CP2, recomputed": Layout(4, PP2 | CP2 | PASSES),
     }
     assert_layouts_equal(model, {}, layouts, checkpoints, jacobi_iterations=CHANGING_R)
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -131,7 +129,7 @@ OVERLAPPED = {
 
 
 @pytest.mark.parametrize("name", OVERLAPPED)
-@pytest.mark.parametrize("model", ["llama k1", "gpt2 k2"])
+@pytest.mark.parametrize("model", ["llama k1", pytest.param("gpt2 k2", marks=SLOW)])
 def test_overlapped_communication_is_exact(name, model, checkpoints):
     """Where it is allowed; with one graph per micro-batch even if the number of passes changes."""
     layout, jacobi_iterations = OVERLAPPED[name]

@@ -26,6 +26,7 @@ from tests.unit.checkpoint.small_run import (
 
 pytestmark = pytest.mark.thorough
 
+SLOW = pytest.mark.slow
 SAVED_AT = 2
 LAST = 4
 BF16 = {"bf16": True}
@@ -69,10 +70,10 @@ def _run(function, layout: str, folder: Path, last: int, **changes: object) -> d
     [
         "one",
         "one bf16",
-        "dp2",
-        "dp2 dist",
+        pytest.param("dp2", marks=SLOW),
+        pytest.param("dp2 dist", marks=SLOW),
         "dp2 bf16 dist",
-        "tp2 sp",
+        pytest.param("tp2 sp", marks=SLOW),
         "tp2 dp2 dist",
         "pp2 vp2 dp2 dist",
         "cp2 dist",
@@ -116,19 +117,19 @@ def test_the_stored_settings_let_a_run_become_longer(tmp_path: Path) -> None:
     ("before", "after"),
     [
         ("one", "tp2"),
-        ("dp2 overlap", "one"),
-        ("one", "dp2 dist"),
-        ("tp2", "one"),
-        ("dp2 dist", "one"),
+        pytest.param("dp2 overlap", "one", marks=SLOW),
+        pytest.param("one", "dp2 dist", marks=SLOW),
+        pytest.param("tp2", "one", marks=SLOW),
+        pytest.param("dp2 dist", "one", marks=SLOW),
         ("dp2 dist", "tp2 dp2 dist"),
         ("dp2 bf16 dist", "one bf16"),
-        ("one bf16", "dp2 bf16 dist"),
+        pytest.param("one bf16", "dp2 bf16 dist", marks=SLOW),
         ("one", "pp2 vp2 dp2 dist"),
         ("pp2 vp2 dp2 dist", "tp2 sp pp2"),
         ("tp2 sp pp2", "cp2 dist"),
         ("cp2 dist", "pp2"),
-        ("pp2", "dp2 dist"),
-        ("pp2 dp2 bf16 dist", "one bf16"),
+        pytest.param("pp2", "dp2 dist", marks=SLOW),
+        pytest.param("pp2 dp2 bf16 dist", "one bf16", marks=SLOW),
     ],
 )
 def test_another_layout_goes_on(before: str, after: str, tmp_path: Path) -> None:
@@ -136,7 +137,12 @@ def test_another_layout_goes_on(before: str, after: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("one", "pp2 vp2 dp2 dist"), ("pp2", "cp2 dist"), ("tp2 sp pp2", "one")]
+    ("before", "after"),
+    [
+        ("one", "pp2 vp2 dp2 dist"),
+        pytest.param("pp2", "cp2 dist", marks=SLOW),
+        ("tp2 sp pp2", "one"),
+    ],
 )
 def test_tied_embeddings_go_on(before: str, after: str, tmp_path: Path) -> None:
     _check_that_it_goes_on(before, after, tmp_path, **GPT2)
@@ -146,8 +152,8 @@ def test_tied_embeddings_go_on(before: str, after: str, tmp_path: Path) -> None:
     ("before", "after"),
     [
         ("one", "pp2 vp2 dp2 dist"),
-        ("pp2 vp2 dp2 dist", "tp2"),
-        ("pp2", "pp2"),
+        pytest.param("pp2 vp2 dp2 dist", "tp2", marks=SLOW),
+        pytest.param("pp2", "pp2", marks=SLOW),
         ("pp2 dp2 bf16 dist", "one bf16"),
     ],
 )
