@@ -142,7 +142,7 @@ RECOMPUTE = {
 def config_of(model: str, settings: dict, world_size: int) -> RunConfig:
     """The resolved config of a model on a layout."""
     return resolve(
-        COMMON.replaced(**MODELS[model], **settings),
+        COMMON.replaced(**MODELS[model] | settings),
         world_size=world_size,
         tokenizer_vocab_size=101,
     )
@@ -154,9 +154,7 @@ def batch() -> torch.Tensor:
     return torch.randint(101, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
 
 
-def measure_models(
-    runs: dict[str, RunConfig], folder: str, num_steps: int = NUM_STEPS
-) -> dict[str, Measured]:
+def measure_models(runs: dict[str, RunConfig], folder: str) -> dict[str, Measured]:
     """Measure each model from its checkpoint (inside a rank)."""
     return {
         model: measure(config, f"{folder}/{model}", batch(), NUM_STEPS)
