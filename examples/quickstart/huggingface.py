@@ -1,4 +1,4 @@
-"""Evaluates an exported model with torch and transformers alone, and generates a sample.
+r"""Evaluates an exported model with torch and transformers alone, and generates a sample.
 
     python examples/quickstart/huggingface.py --model runs/quickstart/ponderlm2-huggingface \
         --text runs/quickstart/corpus/held_out.jsonl --seq-length 128 --prompt "def get_"
@@ -61,7 +61,9 @@ def mean_loss(model: PreTrainedModel, ids: Tensor, seq_length: int, batch_size: 
 
 def main() -> None:
     """Parse flags, evaluate, sample, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="the exported folder")
     parser.add_argument("--text", type=Path, required=True, help="JSON Lines with a key `text`")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens per window")

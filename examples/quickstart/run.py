@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from steps import Options, Quickstart
     from workflow import Workflow, exclusive
 
+    from megatron_ponder.config.help_texts import HELP
     from megatron_ponder.errors import exit_on_user_error
 
     @exit_on_user_error
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             workflow.run()
             print(f"\n{quickstart.report()}", flush=True)
 
-    options = tyro.cli(Options, description=__doc__, args=argv)
+    options = tyro.cli(Options, description=__doc__, args=argv, registry=HELP)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return run(options)
