@@ -12,8 +12,8 @@ directly into dx.
 With Triton each direction is one kernel, with fp32 arithmetic and one rounding. Memory traffic per
 element of y, of e bytes:
 
-    forward     3 e: reads a and b, writes y          (torch here: 5 e in 2 launches)
-    backward    5 e: reads dy, a, b, writes da, db    (torch here: 11 e in 4 launches)
+    forward     3 e: reads a and b, writes y          (composed: 5 e in 2 launches)
+    backward    5 e: reads dy, a, b, writes da, db    (composed: 11 e in 4 launches)
 
 The input is not modified, so selective recomputation needs no special case for this function.
 """

@@ -1,1 +1,1 @@
-"""One training run: step, loop, evaluation, metrics."""
+"""A training run: step, loop, evaluation, metrics."""

@@ -1,4 +1,4 @@
-"""Loss on held-out data: forward only, R = num_jacobi_iterations, the same samples every time."""
+"""Loss on held-out data: forward only, R = num_jacobi_iterations, always the same samples."""
 
 import dataclasses
 import math
@@ -14,18 +14,18 @@ from megatron_ponder.train.step import TrainingState, num_microbatches
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Loss on held-out data."""
+    """Result of an evaluation."""
 
     loss: float
-    """Mean over tokens, in nats."""
+    """Mean loss over unmasked tokens, in nats."""
     num_tokens: int
-    """Tokens that took part."""
+    """Number of unmasked tokens."""
     num_jacobi_iterations: int
     """R of the forward passes."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity where that is beyond a float."""
+        """exp(loss); infinity if the loss is 700 or more."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -33,12 +33,12 @@ class Evaluation:
 def evaluate(
     config: ResolvedConfig, training_state: TrainingState, batches: Iterator[Batch]
 ) -> Evaluation:
-    """The loss over `eval_iters` global batches.
+    """Compute the loss over `eval_iters` global batches.
 
     Args:
         config: resolved.
         training_state: not changed.
-        batches: this rank's micro-batches, from the first sample.
+        batches: this rank's micro-batches, from the first sample on.
     """
     training_state.model.train(False)
     r = config.method.num_jacobi_iterations

@@ -1,12 +1,12 @@
 """The training loop: iterate, report, evaluate, save, stop.
 
-What happens after an iteration happens in this order on every rank: counters, log line, evaluation,
-checkpoint, stop. A run that stops after a checkpoint and goes on from it does the same arithmetic
-as one that never stopped.
+After each iteration, every rank runs in this order: counters, log line, evaluation, checkpoint,
+stop. A run that resumes from its checkpoint does the same arithmetic as one that never stopped.
 
-Numbers of an iteration are read when the next one is under way, so that the device does not run
-dry, except where something is to happen between the two. So a request to stop, or a loss that is
-not finite, may be noticed one iteration late; all ranks notice it after the same one.
+The results of iteration i are fetched after iteration i+1 has been launched, so the device never
+idles, unless logging, evaluation or saving is due in between. A request to stop, or a loss that is
+not finite, may therefore be noticed one iteration late. All ranks notice it after the same
+iteration.
 """
 
 import collections
@@ -28,13 +28,13 @@ from megatron_ponder.train.stopping import StopRequest
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""A run whose loss or gradient was not finite this often in a row is not going to recover."""
+"""Consecutive iterations with a non-finite loss or gradient after which the run fails."""
 
 MAX_STEPS_AHEAD = 1
-"""Iterations that are started before the numbers of one are read."""
+"""Iterations that may be launched beyond the one whose results are fetched next."""
 
 Batches = Callable[[], Iterator[Batch]]
-"""Starts reading a dataset, on this rank."""
+"""Starts to read a dataset, and iterates over this rank's micro-batches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,13 @@ class TrainingData:
     """The three datasets of a run."""
 
     train: Batches
-    """From the sample that the run has come to."""
+    """Starts after the last sample that the run has consumed."""
     valid: Batches | None
-    """From the first sample; None where there are none."""
+    """Starts at the first sample; None if there is no validation."""
     test: Batches | None
-    """As valid."""
+    """Starts at the first sample; None if there is no test."""
     validation_sets: Mapping[str, Batches] = dataclasses.field(default_factory=dict)
-    """Validation datasets that are reported by name, in the place of `valid`."""
+    """Validation datasets that are reported by name, instead of `valid`."""
 
 
 def train(
@@ -59,15 +59,15 @@ def train(
     reporter: Reporter,
     start_s: float,
 ) -> None:
-    """Train until `train_iters`, or until the run is to stop.
+    """Train until `train_iters`, or until a stop is requested.
 
     Args:
         config: resolved.
         training_state: changed in place.
-        data: what to read.
-        progress: where to go on; changed in place.
-        reporter: takes what there is to report.
-        start_s: `time.monotonic()` when the run began.
+        data: the datasets.
+        progress: counters to resume from; changed in place.
+        reporter: receives the results to report.
+        start_s: `time.monotonic()` at the start of the run.
 
     Raises:
         TrainingError: the loss or the gradient stays non-finite.
@@ -110,43 +110,44 @@ def _run_steps(
     config: ResolvedConfig,
     training_state: TrainingState,
     batches: Iterator[Batch],
-    num_done: int,
+    num_launched: int,
     stop: StopRequest,
 ) -> Iterator[StepResult]:
-    """What the iterations of this run did, in order.
+    """Run the iterations, and yield their results in order.
 
-    Where something is due after an iteration, nothing later has been started when it is handed out:
-    weights, counters and random states are those after it. That also holds for the last one.
+    If logging, evaluation or saving is due after an iteration, no later iteration has been launched
+    when its result is yielded: weights, counters and random states are those after it. The same
+    holds for the last iteration.
 
     Args:
         config: resolved.
         training_state: changed in place.
         batches: this rank's micro-batches.
-        num_done: iterations before.
-        stop: this rank's wish; once any rank has it, no further iteration is started.
+        num_launched: iterations that are already done.
+        stop: this rank's stop request; after a request of any rank, no iteration is launched.
     """
-    started: collections.deque[PendingStep] = collections.deque()
+    pending: collections.deque[PendingStep] = collections.deque()
     is_last = False
     while not is_last:
-        num_done += 1
-        started.append(
+        num_launched += 1
+        pending.append(
             train_step(
-                config, training_state, batches, iteration=num_done, wants_stop=stop.is_raised
+                config, training_state, batches, iteration=num_launched, wants_stop=stop.is_raised
             )
         )
-        is_last = num_done == config.training.train_iters or _is_due(
-            num_done, config.training.exit_interval
+        is_last = num_launched == config.training.train_iters or _is_due(
+            num_launched, config.training.exit_interval
         )
-        while started and (
-            len(started) > MAX_STEPS_AHEAD or is_last or _is_awaited(config, num_done)
+        while pending and (
+            len(pending) > MAX_STEPS_AHEAD or is_last or _blocks_next(config, num_launched)
         ):
-            step = started.popleft().fetch()
+            step = pending.popleft().fetch()
             is_last = is_last or step.is_stop_requested
             yield step
 
 
-def _is_awaited(config: ResolvedConfig, iteration: int) -> bool:
-    """Whether something needs to be done after an iteration before the next one starts."""
+def _blocks_next(config: ResolvedConfig, iteration: int) -> bool:
+    """Whether logging, evaluation or saving is due before the next iteration is launched."""
     intervals = (
         config.logging.log_interval,
         config.training.eval_interval,
@@ -158,7 +159,7 @@ def _is_awaited(config: ResolvedConfig, iteration: int) -> bool:
 def _validate(
     config: ResolvedConfig, training_state: TrainingState, data: TrainingData, reporter: Reporter
 ) -> None:
-    """Evaluate on what there is to validate on."""
+    """Evaluate on every validation dataset."""
     if data.valid is not None:
         reporter.report_evaluation("valid", evaluate(config, training_state, data.valid()))
     for name, batches in data.validation_sets.items():
@@ -168,7 +169,7 @@ def _validate(
 
 
 def _advance(progress: Progress, config: ResolvedConfig, step: StepResult) -> None:
-    """Count an iteration."""
+    """Update the counters after an iteration."""
     progress.iteration += 1
     progress.consumed_samples += config.training.global_batch_size
     progress.consumed_tokens += step.num_tokens
@@ -176,12 +177,12 @@ def _advance(progress: Progress, config: ResolvedConfig, step: StepResult) -> No
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:
-    """Whether what happens every `interval` iterations happens after this; 0 and None: never."""
+    """Whether an action with this interval is due after this iteration; 0 and None: never."""
     return interval is not None and interval > 0 and iteration % interval == 0
 
 
 def _check_finite(progress: Progress, step: StepResult, num_skipped_in_a_row: int) -> None:
-    """Say that an update was left out, and give up where that goes on."""
+    """Warn about a skipped update, and fail after too many in a row."""
     if step.is_updated:
         return
     logger.warning(
@@ -193,17 +194,17 @@ def _check_finite(progress: Progress, step: StepResult, num_skipped_in_a_row: in
     if num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise TrainingError(
             f"loss or gradient was not finite in the last {num_skipped_in_a_row} iterations, up to "
-            f"{progress.iteration}; their updates were skipped. Go on from an earlier checkpoint "
+            f"{progress.iteration}; their updates were skipped. Resume from an earlier checkpoint "
             "with a lower --lr, a longer warm-up or a smaller --clip-grad."
         )
 
 
 def _save(config: ResolvedConfig, training_state: TrainingState, progress: Progress) -> None:
-    """Save, where the run saves and has something to save."""
+    """Save a checkpoint, if the run has --save and has made an update."""
     if config.checkpoint.save is None:
         return
     if progress.updates == 0:
-        logger.warning("nothing to save: no update was made yet")
+        logger.warning("no checkpoint is saved, because no update has been made yet")
         return
     save_checkpoint(
         config,

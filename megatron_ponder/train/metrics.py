@@ -1,9 +1,9 @@
-"""What a run reports: one record and one log line per log interval, and per evaluation.
+"""Reports of a run: one record and one log line per log interval and per evaluation.
 
-The log line carries Megatron-LM's field names, so that tools that parse its logs parse ours. Loss
-and R are means over the iterations since the last line; gradient norm and learning rate are those
-of the last one; times and rates leave evaluation and saving out. FLOPs are those of the passes that
-were really run, forward and backward (`model.size`); recomputation is not counted.
+The log line uses Megatron-LM's field names, so tools that parse its logs can parse ours. Loss and R
+are means over the iterations since the last line. Gradient norm and learning rate are those of the
+last iteration. Times and rates exclude evaluation and saving. FLOPs are those of the passes that
+were actually run, forward and backward (`model.size`), without recomputation.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ BYTES_PER_GIB = 1 << 30
 
 @dataclasses.dataclass(kw_only=True)
 class _Timed:
-    """Sums over the iterations of this process since the last line."""
+    """Sums over the iterations that this process has run since the last log line."""
 
     iterations: int = 0
     seconds: float = 0.0
@@ -43,12 +43,12 @@ class _Timed:
 
 
 class Reporter:
-    """Gathers iterations and reports them; every rank has one, rank 0's has sinks."""
+    """Collects results and reports them. Every rank has one; only rank 0's has sinks."""
 
     def __init__(
         self, config: ResolvedConfig, method: Method, progress: Progress, sinks: Sequence[Sink]
     ) -> None:
-        """Go on with the window that `progress` carries."""
+        """Resume the log window that `progress` holds."""
         self._config = config
         self._method = method
         self._progress = progress
@@ -59,11 +59,11 @@ class Reporter:
         self._iteration_flops = functools.cache(self._count_iteration_flops)
 
     def add(self, step: StepResult, seconds: float) -> None:
-        """Take one iteration in.
+        """Add one iteration to the log window.
 
         Args:
-            step: what it did.
-            seconds: how long it took, data loading included.
+            step: its result.
+            seconds: its duration, including data loading.
         """
         sums = self._progress.log_window
         values = {
@@ -81,7 +81,7 @@ class Reporter:
         timed.flops += self._iteration_flops(step.num_jacobi_iterations)
 
     def report_training(self, step: StepResult) -> None:
-        """Report the window that ends with `step`, and start the next."""
+        """Report the log window that ends with `step`, and start the next."""
         record = self._training_record(step)
         self._progress.log_window.clear()
         self._timed = _Timed()
@@ -96,7 +96,7 @@ class Reporter:
         Args:
             split: valid or test.
             evaluation: its result.
-            dataset: which one of several validation datasets it was.
+            dataset: name of the validation dataset, if there are several.
         """
         record: Record = {
             "split": split,
@@ -125,7 +125,7 @@ class Reporter:
             sink.close()
 
     def _training_record(self, step: StepResult) -> Record:
-        """The window as numbers."""
+        """The record of the log window."""
         progress, timed, sums = self._progress, self._timed, self._progress.log_window
         num_updated = sums["iterations"] - sums["skipped"]
         num_jacobi = sums["jacobi_iterations"] / sums["iterations"]
@@ -159,14 +159,14 @@ class Reporter:
 
 
 def peak_memory_gib() -> float:
-    """Most memory this process has held: on the CUDA device, or resident on the host."""
+    """Peak memory of this process in GiB: on the CUDA device; without one, resident on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / BYTES_PER_GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB_PER_GIB
 
 
 def _training_line(record: Record, config: ResolvedConfig) -> str:
-    """A record in Megatron-LM's words, then ours."""
+    """The log line of a record: Megatron-LM's fields, then ours."""
     mfu = f" MFU: {record['mfu']:.1%} |" if record["mfu"] is not None else ""
     return (
         f"iteration {record['iteration']:8d}/{config.training.train_iters:8d} |"
@@ -186,7 +186,7 @@ def _training_line(record: Record, config: ResolvedConfig) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, with days in front where there are any."""
+    """Format seconds as h:mm:ss, with days in front if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,7 +1,7 @@
-"""A whole run: from a config as the user gave it to a trained model.
+"""A whole run, from the given config to a trained model.
 
-Everything that can be refused is refused before anything expensive is built: settings first, then
-folders and checkpoints, then data, then the model.
+Errors are detected before anything expensive is built. The order is: settings, then folders and
+checkpoints, then data, then the model.
 """
 
 import dataclasses
@@ -54,13 +54,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> None:
-    """Train as `config` says, on all ranks that torchrun started, or as a single process.
+    """Train according to `config`, on all ranks of torchrun or in a single process.
 
     Args:
-        config: as given; derived settings are filled in here.
+        config: the given config; it is resolved here.
 
     Raises:
-        PonderError: the run cannot work, with what to change.
+        PonderError: the run cannot work; the message says what to change.
     """
     start_s = time.monotonic()
     tokenizer = build_tokenizer(config.data, config.model.vocab_size)
@@ -92,7 +92,11 @@ def run(config: RunConfig) -> None:
                 data=fingerprint,
             )
         if progress.iteration >= config.training.train_iters:
-            logger.info("nothing to do: %s is at iteration %d", checkpoint, progress.iteration)
+            logger.info(
+                "training is already complete: %s is at iteration %d",
+                checkpoint,
+                progress.iteration,
+            )
             return
         sinks = open_sinks(config, progress.iteration) if is_rank_zero() else []
         reporter = Reporter(config, training_state.model.method, progress, sinks)
@@ -104,7 +108,7 @@ def run(config: RunConfig) -> None:
 
 
 def build_training_state(config: ResolvedConfig) -> TrainingState:
-    """Model, optimizer and schedule."""
+    """Build model, optimizer and LR scheduler."""
     model = build_parallel_model(config)
     optimizer, scheduler = build_optimizer(config, model.chunks)
     return TrainingState(model=model, optimizer=optimizer, scheduler=scheduler)
@@ -116,7 +120,7 @@ def _training_data(
     validation_sets: dict[str, Any],
     consumed_samples: int,
 ) -> TrainingData:
-    """Readers of the three datasets, or of each validation set by itself."""
+    """Readers of the three datasets; with several validation sets, one reader for each of them."""
     train_set, valid_set, test_set = datasets
     evaluates = bool(config.training.eval_iters)
     validates = evaluates and bool(config.training.eval_interval)
@@ -133,7 +137,7 @@ def _training_data(
 
 
 def _reader(config: ResolvedConfig, dataset: Any, consumed_samples: int) -> Batches:
-    """What starts reading `dataset` at a sample."""
+    """A function that starts to read `dataset` after `consumed_samples`."""
     here, vocab_size = ranks(), config.model.vocab_size
 
     def start() -> Iterator[Batch]:
@@ -147,7 +151,7 @@ def _reader(config: ResolvedConfig, dataset: Any, consumed_samples: int) -> Batc
             vocab_size=vocab_size,
         )
         raise DataError(
-            f"the data ends after {len(dataset)} samples, before the run does: give more data, or "
+            f"the data ends after {len(dataset)} samples, before the run ends. Give more data, or "
             "fewer --train-iters or --eval-iters."
         )
 
@@ -155,14 +159,14 @@ def _reader(config: ResolvedConfig, dataset: Any, consumed_samples: int) -> Batc
 
 
 def _device_name() -> str:
-    """The device of a rank, in words."""
+    """Name of this rank's device."""
     if device().type == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads per rank)"
 
 
 def _describe(config: ResolvedConfig, training_state: TrainingState) -> None:
-    """Log the whole config, and what it comes to."""
+    """Log the whole config, the layout, the versions, the model size and the FLOPs."""
     if not is_rank_zero():
         return
     logger.info("config:\n%s", dump_yaml(config).rstrip())

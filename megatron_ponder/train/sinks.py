@@ -1,7 +1,7 @@
-"""Where records of a run go: metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 only.
+"""Sinks for the records of a run: metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 only.
 
-A record is a flat dict with `split` (train, valid, test) and `iteration`. On resume each sink drops
-what lies beyond the iteration that was loaded, so that no line is lost or written twice.
+A record is a flat dict with `split` (train, valid, test) and `iteration`. On resume, metrics.jsonl
+and TensorBoard drop records beyond the loaded iteration, so no record is lost or written twice.
 """
 
 import importlib
@@ -27,28 +27,28 @@ TENSORBOARD_TAGS = {
     "tflops_per_device": "throughput",
     "perplexity": "lm loss ppl",
 }
-"""Megatron-LM's names where it has them; other numbers keep ours."""
+"""Megatron-LM's tag for each of our names; names that are not listed are used unchanged."""
 
 
 class Sink(Protocol):
-    """Takes records."""
+    """A destination of records."""
 
     def write(self, record: Record) -> None:
         """Store one record so that it survives a crash of the run."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Close the sink; no record follows."""
 
 
 def open_sinks(config: ResolvedConfig, iteration: int) -> list[Sink]:
-    """The sinks that a run asks for.
+    """Open the sinks that the config requests.
 
     Args:
         config: resolved.
-        iteration: the iteration that was loaded; 0 on a fresh start.
+        iteration: the iteration that was loaded; 0 for a new run.
 
     Raises:
-        BackendError: a library that was asked for is not installed.
+        BackendError: a requested library is not installed.
     """
     sinks: list[Sink] = []
     if config.checkpoint.save is not None:
@@ -61,7 +61,7 @@ def open_sinks(config: ResolvedConfig, iteration: int) -> list[Sink]:
 
 
 class JsonLines:
-    """One JSON object per line; a number that is not finite is null."""
+    """Writes one JSON object per line. A number that is not finite becomes null."""
 
     def __init__(self, path: Path, iteration: int) -> None:
         """Open `path` for appending, after dropping records beyond `iteration`."""
@@ -73,7 +73,7 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        """Append one line and hand it to the operating system."""
+        """Append one line and flush it to the operating system."""
         self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
         self._file.flush()
 
@@ -83,15 +83,15 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files; validation and test get a suffix, as in Megatron-LM."""
+    """Writes event files. Tags of validation and test have a suffix, as in Megatron-LM."""
 
     def __init__(self, folder: str, iteration: int) -> None:
-        """Start an event file that hides what earlier ones hold beyond `iteration`."""
+        """Start an event file that purges the events of earlier files beyond `iteration`."""
         module = _import("torch.utils.tensorboard", needs="tensorboard", flag="--tensorboard-dir")
         self._writer = module.SummaryWriter(folder, purge_step=iteration + 1)
 
     def write(self, record: Record) -> None:
-        """Add every number of a record."""
+        """Write every number of a record."""
         split, iteration = record["split"], record["iteration"]
         suffix = {"train": "", "valid": " validation", "test": " test"}[split]
         suffix += f" {record['dataset']}" if "dataset" in record else ""
@@ -107,10 +107,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run."""
+    """Logs to one W&B run."""
 
     def __init__(self, config: ResolvedConfig) -> None:
-        """Start the run; its config is the whole run config."""
+        """Start the W&B run, with our whole config as its config."""
         wandb = _import("wandb", needs="wandb", flag="--wandb-project")
         self._run = wandb.init(
             project=config.logging.wandb_project,
@@ -130,13 +130,13 @@ class WeightsAndBiases:
 
 
 def write_all(sinks: Sequence[Sink], record: Record) -> None:
-    """Give a record to every sink."""
+    """Write a record to every sink."""
     for sink in sinks:
         sink.write(record)
 
 
 def _is_kept(line: str, iteration: int) -> bool:
-    """Whether a line is a whole record of an iteration that the run has behind it."""
+    """Whether a line is a complete record of an iteration up to `iteration`."""
     try:
         return bool(json.loads(line)["iteration"] <= iteration)
     except json.JSONDecodeError:  # cut off by a crash
@@ -144,15 +144,15 @@ def _is_kept(line: str, iteration: int) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _import(module: str, *, needs: str, flag: str) -> Any:
-    """Import a library that the user asked for by a flag."""
+    """Import a library that a flag needs."""
     if importlib.util.find_spec(needs) is None:
         raise BackendError(
-            f"{flag} needs {needs}, which is not installed. Run pip install {needs}, or leave "
-            f"{flag} out."
+            f"{flag} needs {needs}, which is not installed. Run pip install {needs}, or remove "
+            f"{flag}."
         )
     return importlib.import_module(module)

@@ -1,12 +1,11 @@
 """One training iteration: forward and backward of the global batch, then the update.
 
-The loss is the mean over the unmasked tokens of the whole global batch, whatever the layout. The
-iteration's R is drawn once, so that all micro-batches on all ranks run the same passes.
+The loss is the mean over the unmasked tokens of the global batch, for any layout. R is drawn once
+per iteration, so all micro-batches on all ranks run the same passes.
 
-Nothing in an iteration waits for the device. Every iteration has two small reductions over ranks
-(loss and stop request; gradient norm), and whether the weights move is decided on the device
-(`optim.update`). The host starts an iteration and reads its numbers when it needs them, so that it
-can have the next one under way before.
+An iteration has no device synchronisation. It has two small all-reduces over ranks (loss and stop
+request; gradient norm). The device decides whether the update is applied (`optim.update`). The host
+launches an iteration and fetches its results later, so it can launch the next one first.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ from megatron_ponder.runtime.distributed import ranks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What is trained, and what trains it."""
+    """Model, optimizer and LR scheduler."""
 
     model: ParallelModel
     optimizer: ChainedOptimizer
@@ -39,31 +38,31 @@ class TrainingState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one iteration did; equal on all ranks."""
+    """Result of one iteration; equal on all ranks."""
 
     loss: float
-    """Mean over the tokens of the global batch, in nats."""
+    """Mean over the unmasked tokens of the global batch, in nats."""
     num_tokens: int
-    """Tokens that took part in the loss."""
+    """Number of unmasked tokens."""
     grad_norm: float
     """Euclidean norm of the gradient before clipping."""
     learning_rate: float
-    """The rate of this update."""
+    """Learning rate of this update."""
     num_jacobi_iterations: int
     """R of this iteration."""
     is_updated: bool
-    """Whether the weights moved; not where loss or gradient was not finite."""
+    """Whether the update was applied; false if the loss or the gradient was not finite."""
     is_stop_requested: bool
-    """Whether any rank asked to stop."""
+    """Whether any rank requested a stop."""
 
 
 class PendingStep:
-    """An iteration that was started, and may still be running.
+    """An iteration that has been launched and may still be running.
 
     Args:
-        numbers: fp64 [5] on the device: sum of the loss, tokens, stop requests, gradient norm, and
-            1 where the weights move.
-        learning_rate: the rate of this update.
+        numbers: fp64 [5] on the device: sum of the loss, number of tokens, number of stop requests,
+            gradient norm, and 1 if the update is applied.
+        learning_rate: learning rate of this update.
         num_jacobi_iterations: R of this iteration.
     """
 
@@ -73,7 +72,7 @@ class PendingStep:
         self._num_jacobi_iterations = num_jacobi_iterations
 
     def fetch(self) -> StepResult:
-        """What it did; waits until that is known."""
+        """Wait for the iteration to finish, and return its result."""
         loss_sum, num_tokens, num_stop_requests, grad_norm, is_updated = self._numbers.fetch()
         return StepResult(
             loss=loss_sum / max(num_tokens, 1.0),
@@ -99,16 +98,16 @@ def train_step(
     iteration: int,
     wants_stop: bool,
 ) -> PendingStep:
-    """Start one iteration, without waiting for any of it.
+    """Launch one iteration, without a device synchronisation.
 
-    The learning rate's schedule counts every iteration, also one whose update is skipped.
+    The LR scheduler counts every iteration, including those whose update is skipped.
 
     Args:
         config: resolved.
         training_state: changed in place.
-        batches: this rank's micro-batches, of which one iteration's are taken.
-        iteration: the iteration's number, from 1.
-        wants_stop: whether this rank asks all to stop after this iteration.
+        batches: this rank's micro-batches; those of one iteration are consumed.
+        iteration: number of the iteration, from 1.
+        wants_stop: whether this rank requests that all ranks stop after this iteration.
     """
     training_state.model.zero_grad_buffer()
     training_state.optimizer.zero_grad()

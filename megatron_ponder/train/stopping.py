@@ -1,7 +1,8 @@
-"""When a run ends before its last iteration: a signal, the clock, or --exit-interval.
+"""Stops a run before its last iteration, after a signal or a time limit.
 
-A signal or the clock only raises a flag on the rank that noticed; the flags of all ranks are summed
-inside the iteration, so that every rank stops after the same one.
+A signal or the time limit only raises a flag on the rank that notices it. The flags of all ranks
+are summed in each iteration, so every rank stops after the same iteration. `train.loop` handles
+--exit-interval.
 """
 
 import signal
@@ -16,14 +17,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this rank wants to stop. A context: signals are caught inside it."""
+    """This rank's stop request. A context manager, which catches signals while it is active."""
 
     def __init__(self, config: ResolvedTrainingConfig, start_s: float) -> None:
-        """Prepare.
+        """Compute the deadline; `__enter__` installs the signal handlers.
 
         Args:
-            config: says after how many minutes to stop.
-            start_s: `time.monotonic()` when the run began.
+            config: gives the time limit in minutes.
+            start_s: `time.monotonic()` at the start of the run.
         """
         self._signal: int | None = None
         minutes = config.exit_duration_in_mins
@@ -31,32 +32,32 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        """Catch signals from here on."""
+        """Install the signal handlers."""
         self._previous = {number: signal.signal(number, self._notice) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Hand signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @property
     def is_raised(self) -> bool:
-        """Whether this rank asks to stop; only rank 0 looks at the clock."""
+        """Whether this rank requests a stop; only rank 0 checks the time limit."""
         return self._signal is not None or self._is_late()
 
     def reason(self) -> str:
-        """Why the run stops, as far as this rank knows."""
+        """The reason for the stop, as far as this rank knows."""
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
         return "--exit-duration-in-mins" if self._is_late() else "a signal on another rank"
 
     def _is_late(self) -> bool:
-        """Whether the time is up, by rank 0's clock."""
+        """Whether the time limit has passed, by rank 0's clock."""
         if self._deadline_s is None or not is_rank_zero():
             return False
         return time.monotonic() >= self._deadline_s
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal; a second one, which torchrun may send, changes nothing."""
+        """Record a signal. A second one, which torchrun may send, has no further effect."""
         self._signal = number

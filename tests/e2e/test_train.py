@@ -170,8 +170,8 @@ def test_everything_a_single_process_leaves(data_path: str, tmp_path: Path) -> N
     for field in ("consumed samples:", "elapsed time per iteration (ms):", "grad norm:"):
         assert field in out
 
-    # Run again: nothing to do. As a start for another run: weights only.
-    assert "nothing to do" in run_main(flags(**settings, load=run))[1]
+    # Run again: already complete. As a start for another run: weights only.
+    assert "already complete" in run_main(flags(**settings, load=run))[1]
     tuned = tmp_path / "tuned"
     finetune = {**settings, "load": run, "finetune": True, "save": tuned, "train_iters": 3}
     code, out, err = run_main(flags(**{**finetune, "bf16": False}))
