@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ponder.config.layout import padded_vocab_size
+from megatron_ponder.config.layout import layers_of_pipeline_ranks, padded_vocab_size
 from megatron_ponder.config.resolve import resolve, resolve_for_inference
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
@@ -188,6 +188,44 @@ def test_all_problems_are_told_at_once() -> None:
     assert str(error.value).count("\n  - ") == 3
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "first", "last", "expected"),
+    [
+        (1, None, None, [12]),
+        (4, None, None, [3, 3, 3, 3]),
+        (4, 1, 5, [1, 3, 3, 5]),
+        (4, None, 3, [3, 3, 3, 3]),
+        (4, None, 6, [2, 2, 2, 6]),
+        (4, 3, None, [3, 3, 3, 3]),
+        (3, 6, 5, [6, 1, 5]),
+        (2, 5, 7, [5, 7]),
+    ],
+)
+def test_layers_of_pipeline_ranks(
+    num_ranks: int, first: int | None, last: int | None, expected: list[int]
+) -> None:
+    config = resolved(
+        world_size=num_ranks,
+        pipeline_model_parallel_size=num_ranks,
+        global_batch_size=num_ranks,
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+    )
+    assert layers_of_pipeline_ranks(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "first", "last"),
+    [(5, None, None), (4, 1, 6), (3, 6, 6), (3, 11, 2), (2, 5, 6), (13, None, None)],
+)
+def test_layers_that_pipeline_ranks_cannot_share(
+    num_ranks: int, first: int | None, last: int | None
+) -> None:
+    """A remainder, or a rank that is left without a layer."""
+    with pytest.raises(ConfigError, match="--num-layers 12: .*cannot be shared equally"):
+        test_layers_of_pipeline_ranks(num_ranks, first, last, [])
+
+
 CP2 = {"context_parallel_size": 2}
 FP8 = {"fp8_format": "hybrid", "bf16": True}
 
@@ -199,6 +237,10 @@ FP8 = {"fp8_format": "hybrid", "bf16": True}
         (FP8 | {"transformer_impl": "local"}, "needs --transformer-impl transformer_engine"),
         (FP8 | {"ffn_hidden_size": 1000}, "--ffn-hidden-size over .* is 1000, not a multiple"),
         (FP8 | {"seq_length": 100, "max_position_embeddings": 100}, "100 tokens"),
+        (FP8 | CP2 | {"seq_length": 24}, "12 tokens"),
+        (FP8 | {"kv_channels": 10}, "the queries' width over .* is 120, not a multiple"),
+        (FP8 | {"kv_channels": 8, "num_query_groups": 1}, "the keys' width over .* is 8, not a"),
+        (FP8 | {"hidden_size": 780, "ffn_hidden_size": 3072}, "--hidden-size is 780, not a mult"),
         ({"loss_chunk_tokens": 5}, "--loss-chunk-tokens needs --cross-entropy-loss-fusion"),
         (
             {"attention_backend": "te", "context_parallel_attention": "gather"} | CP2,
