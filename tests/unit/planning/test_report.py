@@ -9,7 +9,7 @@ from megatron_ponder.config.presets import PRESETS
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.planning.flops import chunk_flops
-from megatron_ponder.planning.limits import find_limits
+from megatron_ponder.planning.limits import find_limits, find_remedies, recompute_choices
 from megatron_ponder.planning.memory import stage_memory
 from megatron_ponder.planning.options import PlanOptions
 from megatron_ponder.planning.report import plan_run
@@ -128,6 +128,39 @@ def test_limits_know_what_training_refuses() -> None:
     run = small_run("gpt2", "K1", world_size=8, **sharded)
     found = {limit["name"]: limit["most"] for limit in find_limits(run)}
     assert found["tensor_model_parallel_size"] == 4
+
+
+def test_what_a_run_can_recompute() -> None:
+    """Some of the passes before the last, those that have a gradient, or all of them."""
+    plan = small_run("llama", "K2").plan
+    by_pass = {"recompute_granularity": "pass"}
+    for num_grad_passes, some in ((None, [1, 2]), (3, [1]), (2, []), (1, [])):
+        choices = list(recompute_choices(plan.with_grad_passes(num_grad_passes)))
+        assert choices == [
+            {"recompute_granularity": "selective"},
+            *({**by_pass, "recompute_num_passes": n} for n in some),
+            by_pass,
+            {"recompute_granularity": "full"},
+        ]
+
+
+def test_remedies_change_something() -> None:
+    """What the run has already, and what it cannot have, is not offered."""
+    found = {r["change"] for r in find_remedies(small_run("llama", "K1", world_size=2), 0)}
+    assert found >= {
+        "--bf16",
+        "--use-distributed-optimizer",
+        "--micro-batch-size 1",
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--recompute-granularity pass --recompute-num-passes 2",
+    }
+    settings = {"micro_batch_size": 1, "bf16": True, "use_distributed_optimizer": True}
+    run = small_run("llama", "K1", world_size=2, recompute_granularity="full", **settings)
+    fewer = {remedy["change"] for remedy in find_remedies(run, 0)}
+    offered = " ".join(fewer)
+    for flag in ("--bf16", "--use-distributed", "--micro-batch-size", "--recompute-granularity f"):
+        assert flag not in offered
+    assert fewer < found
 
 
 def test_refuses_an_overlap_that_training_refuses() -> None:
