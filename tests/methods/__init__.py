@@ -1,1 +1,1 @@
-"""A method that is in no paper: the worked example of docs/adding-a-method.md."""
+"""A new method: the example of docs/adding-a-method.md."""

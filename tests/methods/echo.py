@@ -1,8 +1,8 @@
-"""echo: every token is followed by one slot that holds what the model made of it so far.
+"""echo: every token is followed by one slot that summarises the model's outputs for the token.
 
-The first pass sees the tokens alone. Each of the K passes behind it has two slots per token, the
-token and its echo: the mean of all hidden states that the pass before gave for the token. The next
-token is read at the echo. In no paper; the worked example of docs/adding-a-method.md.
+The first pass runs over the tokens alone. Each of the K further passes has two slots per token: the
+token and its echo, which is the mean of the previous pass's hidden states for that token. The next
+token is predicted at the echo. Not from a paper: this is the example of docs/adding-a-method.md.
 """
 
 import math
@@ -18,7 +18,7 @@ class Echo(Method):
     """K refinements of one extra slot; R is ignored."""
 
     def plan(self, num_jacobi_iterations: int) -> PassPlan:
-        """One pass over tokens, K over tokens and echoes; each hands on all that it gave."""
+        """One pass over tokens, K over tokens and echoes; each hands on all its outputs."""
         k = self.config.num_latent_thoughts
         slots = [1] + [2] * k
         passes = [
@@ -33,7 +33,7 @@ class Echo(Method):
         return math.sqrt(2.5 * hidden_size) if self.config.scale_embeds else None
 
     def build_input(self, pass_: Pass, token_embeddings: Tensor, carry: Tensor | None) -> Tensor:
-        """Tokens, and behind each the mean of what the pass before handed on for it."""
+        """Each token, followed by the mean of the carry for that token."""
         if carry is None:
             return token_embeddings
         s, b, h = token_embeddings.shape
