@@ -1,9 +1,8 @@
-"""What a checkpoint costs: how long training stands still for a save, bytes, and the time to load.
+"""What a checkpoint costs: how long a save stops training, its bytes, and the time to load.
 
-A process of one rank builds the model, takes a step (so that the optimizer has its state), and
-saves as a run does: the loop is blocked until the checkpoint is published. The load goes into the
-same model; the files are fresh, so that it reads what the system still has in memory, not the disk.
-Left out: several ranks, which share the writing, and file systems other than that of --folder.
+One process builds the model, takes a step (so that the optimizer has its state) and saves as a run
+does, which blocks until the checkpoint is published. The load goes into the same model and reads
+files that are still in the system's cache. Left out: several ranks, which share the writing.
 """
 
 import dataclasses
@@ -13,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.options import CheckpointBenchmarkOptions
-from benchmarks.process import side
-from benchmarks.steps import OurSteps
-from benchmarks.train import environment
+from benchmarks import report
+from benchmarks.commands import CheckpointOptions
+from benchmarks.processes import Held, processes
+from benchmarks.steps import build_ours, take_steps
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.reader import load_checkpoint
 from megatron_ponder.checkpoint.writer import save_checkpoint
@@ -25,7 +24,7 @@ from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.model.size import count_parameters
 
 
-def benchmark_checkpoint(options: CheckpointBenchmarkOptions, config: RunConfig) -> dict[str, Any]:
+def measure(options: CheckpointOptions, config: RunConfig) -> dict[str, Any]:
     """Save and load.
 
     Args:
@@ -38,14 +37,15 @@ def benchmark_checkpoint(options: CheckpointBenchmarkOptions, config: RunConfig)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="checkpoints-") as folder:
         checkpoint = CheckpointConfig(save=folder, load=folder, keep_checkpoints=1)
         config = resolve(dataclasses.replace(config, checkpoint=checkpoint), world_size=1)
-        with side("ours", "none", config) as ours:
-            _, step_s, _ = ours.ask("take_steps", 1)
-            _, step_s, _ = ours.ask("take_steps", 1)
-            saves, num_bytes = ours.ask("save_checkpoints", options.saves)
-            load_s = ours.ask("load_checkpoint")
+        with processes("ours") as ours:
+            ours.run(build_ours, "ours", config)
+            ours.run(take_steps, "ours", 1, 1)
+            ((_, step_s, _),) = ours.run(take_steps, "ours", 2, 1)
+            ((saves, num_bytes),) = ours.run(save_repeatedly, options.saves)
+            (load_s,) = ours.run(load_once)
     stall_s = statistics.median(saves)
     parameters = count_parameters(config.model).total
-    return environment(config) | {
+    return report.environment(config) | {
         "parameters": parameters,
         "bytes": num_bytes,
         "bytes_per_parameter": num_bytes / parameters,
@@ -59,14 +59,14 @@ def benchmark_checkpoint(options: CheckpointBenchmarkOptions, config: RunConfig)
     }
 
 
-def save_repeatedly(steps: OurSteps, num_saves: int) -> tuple[list[float], int]:
+def save_repeatedly(held: Held, num_saves: int) -> tuple[list[float], int]:
     """In the process: seconds of each save, and bytes of the last checkpoint."""
     seconds: list[float] = []
-    training_state = steps.training_state
+    training_state = held["ours"].training_state
     for iteration in range(1, num_saves + 1):
         begin_s = time.perf_counter()
         folder = save_checkpoint(
-            steps.config,
+            held["ours"].config,
             chunks=training_state.model.chunks,
             optimizer=training_state.optimizer,
             scheduler=training_state.scheduler,
@@ -76,15 +76,13 @@ def save_repeatedly(steps: OurSteps, num_saves: int) -> tuple[list[float], int]:
     return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def load_once(steps: OurSteps) -> float:
-    """In the process: seconds to go on from the checkpoint that is there."""
-    checkpoint = steps.config.checkpoint
-    assert checkpoint.load is not None
-    (folder,) = Path(checkpoint.load).glob("iter_*")
-    training_state = steps.training_state
+def load_once(held: Held) -> float:
+    """In the process: seconds to load the checkpoint."""
+    config, training_state = held["ours"].config, held["ours"].training_state
+    (folder,) = Path(config.checkpoint.load).glob("iter_*")
     begin_s = time.perf_counter()
     load_checkpoint(
-        steps.config,
+        config,
         folder,
         chunks=training_state.model.chunks,
         optimizer=training_state.optimizer,
@@ -94,18 +92,14 @@ def load_once(steps: OurSteps) -> float:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The figures of `benchmark_checkpoint` for people."""
-    return "\n".join(
-        [
-            f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}"
-            f", megatron-core {result['versions']['megatron_core']}, {result['date']}",
-            "",
-            f"checkpoint: {result['bytes'] / 1e6:,.1f} MB, {result['parameters']:,} parameters, "
-            f"{result['bytes_per_parameter']:.1f} bytes each",
-            f"save: training stands still for {result['stall_s']:.2f} s "
-            f"({result['save_mb_per_s']:,.0f} MB/s), as long as {result['stall_in_steps']:.1f} "
-            f"steps of {result['ms_per_step']:.0f} ms; each save: "
-            + ", ".join(f"{s:.2f} s" for s in result["stall_s_of_saves"]),
-            f"load: {result['load_s']:.2f} s ({result['load_mb_per_s']:,.0f} MB/s)",
-        ]
+    """A result in sentences."""
+    saves = ", ".join(f"{s:.2f} s" for s in result["stall_s_of_saves"])
+    return (
+        f"{report.heading(result)}\n\n"
+        f"checkpoint: {result['bytes'] / 1e6:,.1f} MB, {result['parameters']:,} parameters, "
+        f"{result['bytes_per_parameter']:.1f} bytes each\n"
+        f"save: training stops for {result['stall_s']:.2f} s "
+        f"({result['save_mb_per_s']:,.0f} MB/s), as long as {result['stall_in_steps']:.1f} steps "
+        f"of {result['ms_per_step']:.0f} ms; each save: {saves}\n"
+        f"load: {result['load_s']:.2f} s ({result['load_mb_per_s']:,.0f} MB/s)"
     )

@@ -1,10 +1,9 @@
-"""Everything that wants to be known on the first GPU that one meets, in one command.
+"""Runs the commands of `gpu_commands` one by one within a budget, and reports what they printed.
 
-Runs the parts of `gpu_parts` one after the other, each in a process of its own: one that crashes,
-or takes longer than the budget has left, is recorded and the others go on. What a part gave is kept
-in the report's folder as soon as it is there, so that a report that was interrupted goes on where
-it was; a part is run again if it failed or its command has changed. The findings are written anew
-after every part (`gpu_findings`).
+A command that crashes or exceeds its time is recorded and the next one runs. One that runs out of
+memory is tried again with a smaller micro-batch. Output, errors, record and status of a step are in
+the report's folder as soon as it ends, and the report is rewritten. A report that was interrupted
+is resumed: a step runs if it has no result with its commands on this device.
 """
 
 import dataclasses
@@ -14,44 +13,54 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_parts import Part, build_parts
+from benchmarks.gpu_commands import (
+    BACKENDS,
+    FP8_MFU,
+    MFU,
+    MODELS,
+    SPEEDUP,
+    TARGETS,
+    Step,
+    build_steps,
+)
+from benchmarks.report import new_figure, published, save_png, table, write_json
+from megatron_ponder.config.presets import PRESETS
 from megatron_ponder.errors import BackendError, ConfigError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_ponder.gpu_report")
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY = ("out of the device's memory", "out of memory")
-TAIL_CHARACTERS = 4000
-LOOK_S = 120.0
 PATIENCE, START_MINUTES = 3, 2
-"""A part that takes so many times as long as it said, and as long to start, is ended."""
-ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""For all parts: lengths differ between passes, which fragments memory."""
+"""A step is killed after so many times its expected minutes, plus the time to start."""
+STDERR_LINES = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuReportOptions:
-    """How long, where to, and whether really."""
+    """How long, and where to."""
 
     folder: str = "runs/gpu_report"
-    """Report and the results of its parts; a report that is there is continued."""
+    """Folder of the report and of its results; an existing report is resumed."""
     budget_minutes: float = 60.0
-    """Time that may be spent now. Parts for which it is not enough are left out."""
+    """Time to spend now. Steps that would take longer than what is left are skipped."""
     parts: tuple[str, ...] = ()
-    """Names of parts to run, as --dry-run prints them. None: all, in order of importance."""
+    """Names of steps to run, as --dry-run prints them. None: all, in order of importance."""
     dry_run: bool = False
-    """Print the plan with its commands, and run nothing."""
+    """Print the commands and run nothing."""
     allow_cpu: bool = False
-    """Go on without a GPU; needs --tiny."""
+    """Run without a GPU; needs --tiny."""
     tiny: bool = False
     """Tiny models: tries the report itself in minutes."""
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together.
+        """Check the combination.
 
         Raises:
             ConfigError: no time, or models for which a CPU would take days.
@@ -63,217 +72,225 @@ class GpuReportOptions:
 
 
 def run_report(options: GpuReportOptions) -> bool:
-    """Run what is not there yet.
+    """Run the steps that have no result.
 
     Returns:
-        Whether every part that was asked for has a result now.
+        Whether every step that was asked for has a result now.
 
     Raises:
         BackendError: there is no GPU.
-        ConfigError: no part has the name.
+        ConfigError: no step has the name.
     """
     folder = Path(options.folder).resolve()
-    parts = _wanted(options, _build(options, folder))
-    if options.dry_run:
-        print(_describe(parts, folder))
-        return True
-    _require_gpu(options)
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    _look_at_machine(options, folder)
-    parts = _wanted(options, _build(options, folder))  # with the memory that the device has
-    run_parts(options, parts, folder)
-    return all(_kept(part, folder) is not None for part in parts)
-
-
-def _look_at_machine(options: GpuReportOptions, folder: Path) -> None:
-    """Describe the machine anew; results of two devices do not go into one report.
-
-    Raises:
-        ConfigError: the folder has the report of another device.
-    """
-    before = _device_in(folder)
-    machine = _build(options, folder)[0]
-    if before is None:
-        _run_part(machine, folder, options.budget_minutes)
-        return
-    result = _run_command(machine.commands[0], machine.prints_json, LOOK_S)
-    now = result["output"]["capabilities"]["device_name"] if result["status"] == "ok" else None
-    if now != before:
-        raise ConfigError(
-            f"--folder {options.folder} has the report of a {before}; this is {now or 'no GPU'}. "
-            "Give another folder."
-        )
-
-
-def _device_in(folder: Path) -> str | None:
-    """The device of a report that is there."""
-    machine = read_results(folder).get("machine")
-    if machine is None or machine["status"] != "ok":
-        return None
-    return machine["output"]["capabilities"]["device_name"]
-
-
-def run_parts(options: GpuReportOptions, parts: list[Part], folder: Path) -> None:
-    """Those without a result, as long as there is time; findings are written after each."""
-    from benchmarks.gpu_findings import write_findings
-
-    begin_s = time.monotonic()
-    write_findings(folder)
-    for number, part in enumerate(parts, 1):
-        if _kept(part, folder) is not None:
-            logger.info("[%d/%d] %s: there already", number, len(parts), part.name)
-            continue
-        spent = (time.monotonic() - begin_s) / 60
-        left = options.budget_minutes - spent
-        if part.minutes > left:
-            logger.info(
-                "[%d/%d] %s: left out, takes about %.1f min and %.1f are left",
-                *(number, len(parts), part.name, part.minutes, left),
-            )
-            continue
-        open_minutes = sum(p.minutes for p in parts[number - 1 :] if _kept(p, folder) is None)
-        logger.info(
-            "[%d/%d] %s: about %.1f min; %.1f of %.1f min spent, all parts end in about %.1f",
-            *(number, len(parts), part.name, part.minutes),
-            *(spent, options.budget_minutes, min(open_minutes, left)),
-        )
-        result = _run_part(part, folder, min(left, PATIENCE * part.minutes + START_MINUTES))
-        logger.info("    %s in %.1f min", result["status"], result["seconds"] / 60)
-        write_findings(folder)
-    logger.info("report: %s", folder / "report.md")
-
-
-def _build(options: GpuReportOptions, folder: Path) -> list[Part]:
-    """All parts, for the device's memory as far as it is known."""
-    machine = read_results(folder).get("machine", {}).get("output") or {}
-    return build_parts(
-        folder=str(folder), is_tiny=options.tiny, memory_gib=machine.get("memory_gib")
-    )
-
-
-def _wanted(options: GpuReportOptions, parts: list[Part]) -> list[Part]:
-    """Those that were asked for."""
-    unknown = set(options.parts) - {part.name for part in parts}
+    device, memory_gib = _find_device(options)
+    steps = build_steps(folder, memory_gib, options.tiny)
+    unknown = set(options.parts) - {step.name for step in steps}
     if unknown:
-        known = ", ".join(part.name for part in parts)
+        known = ", ".join(step.name for step in steps)
         raise ConfigError(f"--parts {' '.join(sorted(unknown))}: parts are {known}.")
-    return [part for part in parts if not options.parts or part.name in options.parts]
+    steps = [step for step in steps if not options.parts or step.name in options.parts]
+    if options.dry_run:
+        print(f"{len(steps)} steps, about {sum(s.minutes for s in steps):.0f} min, in {folder}")
+        for step in steps:
+            print(f"\n{step.name}: about {step.minutes:g} min")
+            print(*(f"    {shlex.join(command)}" for command in step.commands), sep="\n")
+        return True
+    return run_steps(steps, folder, device, options.budget_minutes)
 
 
-def _require_gpu(options: GpuReportOptions) -> None:
-    """Refuse a machine without a device.
+def _find_device(options: GpuReportOptions) -> tuple[str, float]:
+    """Name and memory in GiB; asked in a process of its own, which frees the device when it ends.
 
     Raises:
-        BackendError: there is none.
+        BackendError: there is none, and one is needed.
     """
-    import torch
-
-    if not torch.cuda.is_available() and not options.allow_cpu:
-        built = torch.version.cuda or "no CUDA"
-        raise BackendError(
-            f"no CUDA device: torch {torch.__version__} (built for {built}) sees none. Run this on "
-            "a machine with a GPU; --dry-run prints what it would run, --allow-cpu --tiny tries "
-            "the report itself."
-        )
-
-
-def _describe(parts: list[Part], folder: Path) -> str:
-    """The plan."""
-    lines = [f"{len(parts)} parts, about {sum(p.minutes for p in parts):.0f} min, in {folder}"]
-    for number, part in enumerate(parts, 1):
-        state = "" if _kept(part, folder) is None else ", there already"
-        lines += ["", f"[{number}] {part.name}: about {part.minutes:g} min{state}"]
-        for position, command in enumerate(part.commands):
-            lines.append("    " + ("" if position == 0 else "or ") + shlex.join(command))
-    return "\n".join(lines)
-
-
-def _run_part(part: Part, folder: Path, minutes: float) -> dict[str, Any]:
-    """Run it, unless its result is there; keep what it gave."""
-    kept = _kept(part, folder)
-    if kept is not None:
-        return kept
-    begin_s, result = time.monotonic(), dict[str, Any]()
-    for command in part.commands:
-        left_s = minutes * 60 - (time.monotonic() - begin_s)
-        result = _run_command(command, part.prints_json, left_s)
-        if not result["is_out_of_memory"]:
-            break
-    result |= {
-        "name": part.name,
-        "commands": [list(command) for command in part.commands],
-        "seconds": time.monotonic() - begin_s,
-    }
-    write_json(result, folder / "parts" / f"{part.name}.json")
-    return result
-
-
-def _run_command(command: tuple[str, ...], prints_json: bool, limit_s: float) -> dict[str, Any]:
-    """Run one command from the project's root; everything it started ends with it."""
-    environment = {**os.environ, **ENVIRONMENT}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ask = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, p.total_memory)"
+    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    if asked.returncode == 0:
+        name, memory = asked.stdout.rsplit(maxsplit=1)
+        return name, int(memory) / (1 << 30)
+    if options.dry_run or options.allow_cpu:
+        return "no GPU", 0.0
+    raise BackendError(
+        f"no CUDA device: torch says {asked.stderr.strip().splitlines()[-1]!r}. Run this on a "
+        "machine with a GPU; --dry-run prints the commands, --allow-cpu --tiny tries the report."
     )
+
+
+def run_steps(steps: list[Step], folder: Path, device: str, budget_minutes: float) -> bool:
+    """Run those without a result as long as there is time; whether all have one then."""
+    begin_s = time.monotonic()
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(steps, 1):
+        name = f"[{number}/{len(steps)}] {step.name}"
+        left = budget_minutes - (time.monotonic() - begin_s) / 60
+        if _has_result(step, folder, device):
+            logger.info("%s: has a result", name)
+        elif step.minutes > left:
+            logger.info("%s: skipped, %.1f min needed, %.1f left", name, step.minutes, left)
+        else:
+            logger.info("%s: about %.1f min; %.1f min left", name, step.minutes, left)
+            limit = min(left, PATIENCE * step.minutes + START_MINUTES)
+            status = _run_step(step, folder, time.monotonic() + 60 * limit) | {"device": device}
+            write_json(status, folder / f"parts/{step.name}.status")
+            logger.info("    %s in %.1f min", status["status"], status["minutes"])
+        write_report(folder)
+    logger.info("report: %s", folder / "report.md")
+    return all(_has_result(step, folder, device) for step in steps)
+
+
+def read_statuses(folder: Path) -> dict[str, dict[str, Any]]:
+    """The status of each step that has ended, in the order of their ends."""
+    paths = sorted(folder.glob("parts/*.status"), key=lambda path: path.stat().st_mtime)
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def _has_result(step: Step, folder: Path, device: str) -> bool:
+    """Whether it has succeeded with one of these commands on this device."""
+    status = read_statuses(folder).get(step.name)
+    return status is not None and (
+        (status["status"], status["device"]) == ("ok", device)
+        and status["command"] in step.commands
+    )
+
+
+def _run_step(step: Step, folder: Path, deadline_s: float) -> dict[str, Any]:
+    """Run its commands until one does not run out of memory."""
+    begin_s = time.monotonic()
+    output, errors = (folder / f"parts/{step.name}.{suffix}" for suffix in ("txt", "err"))
+    for command in step.commands:
+        with output.open("w") as out, errors.open("w") as err:
+            status, code = _run_command(command, out, err, deadline_s)
+        said = errors.read_text(errors="replace")
+        if status != "failed" or not any(words in said for words in OUT_OF_MEMORY):
+            break
+    minutes = (time.monotonic() - begin_s) / 60
+    return {"status": status, "exit_code": code, "command": command, "minutes": minutes}
+
+
+def _run_command(command: list[str], out: Any, err: Any, deadline_s: float) -> tuple[str, int]:
+    """Status and exit code of a command run from the project's root."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Lengths differ between passes, which fragments memory.
+    memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = {**os.environ, **memory, "PYTHONPATH": path}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        stdout=out,
+        stderr=err,
         start_new_session=True,
     )
     try:
-        stdout, stderr = process.communicate(timeout=max(limit_s, 1.0))
-        status = "ok" if process.returncode == 0 else "failed"
+        code = process.wait(max(deadline_s - time.monotonic(), 1.0))
+        return ("failed" if code else "ok"), code
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        status = "out of time"
+        return "out of time", -signal.SIGKILL
     finally:
-        if process.poll() is None:  # interrupted
+        if process.poll() is None:  # out of time, or interrupted
             os.killpg(process.pid, signal.SIGKILL)
-    output: Any = stdout[-TAIL_CHARACTERS:]
-    if status == "ok" and prints_json:
-        output = _json_in(stdout)
-        status = "failed" if output is None else "ok"
-    return {
-        "status": status,
-        "exit_code": process.returncode,
-        "command": list(command),
-        "output": output,
-        "stderr": stderr[-TAIL_CHARACTERS:],
-        "is_out_of_memory": status == "failed" and any(words in stderr for words in OUT_OF_MEMORY),
+            process.wait()
+
+
+def write_report(folder: Path) -> None:
+    """Write report.md, report.json and the picture from the results that exist."""
+    statuses = read_statuses(folder)
+    records = {
+        name: json.loads(path.read_text())
+        for name, status in statuses.items()
+        if status["status"] == "ok" and (path := folder / f"parts/{name}.json").exists()
     }
+    runs = training_runs(records)
+    targets = list(check_targets(runs))
+    write_json({"targets": targets, "runs": runs, "records": records}, folder / "report.json")
+    ends = [
+        (name, *(s[k] for k in ("status", "minutes", "device"))) for name, s in statuses.items()
+    ]
+    sections = {
+        "Targets": table(list(targets[0]), [list(row.values()) for row in targets]),
+        "Steps": table(("step", "status", "min", "device"), ends),
+    }
+    if runs:
+        sections["Training"] = table(list(runs[0]), [list(row.values()) for row in runs])
+        _draw(runs, folder / "training.png")
+    for name, status in statuses.items():
+        text = f"$ {shlex.join(status['command'])}\n"
+        text += (folder / f"parts/{name}.txt").read_text(errors="replace").rstrip()
+        if status["status"] != "ok":
+            errors = (folder / f"parts/{name}.err").read_text(errors="replace").rstrip()
+            text += f"\nexit code {status['exit_code']}\n"
+            text += "\n".join(errors.splitlines()[-STDERR_LINES:])
+        sections[f"{name}: {status['status']}"] = text
+    parts = [f"## {title}\n\n```\n{text}\n```\n" for title, text in sections.items()]
+    with published(folder / "report.md") as unfinished:
+        unfinished.write_text("\n".join(["# GPU report\n", *parts]))
 
 
-def _json_in(text: str) -> Any:
-    """The JSON object in a text, behind what libraries may have printed; None: there is none."""
-    start = text.find("{\n")
-    try:
-        return json.loads(text[start:])
-    except json.JSONDecodeError:
-        return None
+def training_runs(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each model and backend that was trained.
+
+    The speedup is over the reference in the same run where it had one, else over the reference of
+    the report's other run of the model.
+    """
+    rows = []
+    for model, (preset, _) in MODELS.items():
+        base = records.get(f"train-{model}")
+        for backend in ("default", *BACKENDS):
+            record = base if backend == "default" else records.get(f"train-{model}-{backend}")
+            if record is None:
+                continue
+            ours, config = record["ours"], record["config"]
+            shape = ("num_layers", "hidden_size", "vocab_size")
+            speedup = base and ours["tokens_per_s"] / base["reference"]["tokens_per_s"]
+            rows.append(
+                {
+                    "model": model,
+                    "backend": backend,
+                    "micro_batch": config["micro_batch_size"],
+                    **{k: ours[k] for k in ("ms_per_step", "tokens_per_s", "tflops", "mfu")},
+                    "peak_gib": ours["peak_memory_gib"],
+                    "speedup": record["speedup"]["median"] if "speedup" in record else speedup,
+                    "is_whole_model": all(config[k] == PRESETS[preset][k] for k in shape),
+                }
+            )
+    return rows
 
 
-def _kept(part: Part, folder: Path) -> dict[str, Any] | None:
-    """The result of a part that has ended well with these commands."""
-    result = read_results(folder).get(part.name)
-    if result is None or result["status"] != "ok":
-        return None
-    asked = [list(command) for command in part.commands]
-    return result if result["command"] in asked else None
+def check_targets(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each target, the best that was measured, and whether it is met (None: not measured)."""
+    for model, targets in TARGETS.items():
+        for what, target in targets.items():
+            key = "speedup" if what == SPEEDUP else "mfu"
+            candidates = [
+                run
+                for run in runs
+                if run["model"] == model
+                and run["is_whole_model"]
+                and (run["backend"] == "fp8") == (what == FP8_MFU)
+                and run[key] is not None
+            ]
+            best = max(candidates, key=lambda run: run[key], default=None)
+            yield {
+                "model": model,
+                "what": what,
+                "target": target,
+                "found": best and best[key],
+                "backend": best and best["backend"],
+                "is_met": best and best[key] >= target,
+            }
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the parts in a report's folder gave, by name."""
-    results = (json.loads(path.read_text()) for path in sorted(folder.glob("parts/*.json")))
-    return {result["name"]: result for result in results}
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write under a temporary name and rename."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    unfinished.replace(path)
+def _draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Bars of MFU, or of tokens/s over the reference's where it is unknown; lines are targets."""
+    key, what = ("mfu", MFU) if any(run["mfu"] for run in runs) else ("speedup", SPEEDUP)
+    models = sorted({run["model"] for run in runs})
+    figure, panels = new_figure(len(models))
+    for axes, model in zip(panels, models, strict=True):
+        bars = {run["backend"]: run[key] or 0.0 for run in runs if run["model"] == model}
+        axes.bar(list(bars), list(bars.values()), color="#d97706")
+        axes.axhline(TARGETS[model][what], color="#111827", linestyle="--", linewidth=1)
+        axes.set(title=f"{model} (line: target)", ylabel=what)
+        axes.tick_params(axis="x", rotation=30)
+    save_png(figure, path)

@@ -1,13 +1,13 @@
-"""Each kernel beside its torch reference and the eager chain, at the shape of a model.
+"""Each kernel beside its torch form and its eager form, at the shape of a model.
 
-    eager    ordinary operations, differentiated by autograd
-    torch    the function of `kernels/` on torch: the reference of the Triton form
-    triton   the same function on Triton, where there is a CUDA device and it has such a form
+    eager    ordinary operations, differentiated by autograd (tests/reference/kernels.py)
+    torch    the function of `kernels/` on torch
+    triton   the same function on Triton, on a CUDA device, if it has such a form
 
-Times are of forward and backward by themselves; bytes are what the formula moves at least, so that
-their rate stands beside that of a copy. The error is the largest difference of an output or a
-gradient from the eager chain in fp64, over the largest entry of that. On the CPU nothing is said
-about Triton: its interpreter, in which the tests run it, takes no useful time.
+Forward and backward are timed separately. Bytes are the least that the formula moves, so that their
+rate compares with that of a copy. The error is the largest difference of an output or a gradient
+from the eager form in fp64, over its largest entry. Without CUDA Triton is not timed: only its
+interpreter would run.
 """
 
 import dataclasses
@@ -17,23 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.device_rates import best_time_s, copy_bytes_per_s
-from benchmarks.kernel_case import KernelCase, sizes_of
-from benchmarks.kernel_cases import build_cases
-from benchmarks.options import KernelsBenchmarkOptions
-from benchmarks.train import environment
+from benchmarks import report
+from benchmarks.commands import KernelsOptions
+from benchmarks.kernel_cases import KernelCase, build_cases, sizes_of
+from benchmarks.timing import copy_bytes_per_s, has_triton_on_cuda, time_s
 from megatron_ponder import log
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
 from megatron_ponder.errors import ConfigError
 from megatron_ponder.kernels.dispatch import Kernels, kernels_chosen
-from megatron_ponder.runtime.capabilities import find_capabilities
 from megatron_ponder.runtime.device import device
 
 NOT_TIMED = "Triton was not timed: it needs a CUDA device (tests run it in its interpreter)."
 
 
-def benchmark_kernels(options: KernelsBenchmarkOptions, config: RunConfig) -> dict[str, Any]:
+def measure(options: KernelsOptions, config: RunConfig) -> dict[str, Any]:
     """Time every kernel, or those that are asked for.
 
     Args:
@@ -51,20 +49,20 @@ def benchmark_kernels(options: KernelsBenchmarkOptions, config: RunConfig) -> di
         known = ", ".join(f'"{case.name}"' for case in cases)
         raise ConfigError(f"--only {' '.join(sorted(unknown))}: kernels are {known}.")
     cases = [case for case in cases if not options.only or case.name in options.only]
-    times_triton = find_capabilities().has_cuda and find_capabilities().triton.is_usable
+    times_triton = has_triton_on_cuda()
     rows = {}
     with log.progress(len(cases), "benchmark", " kernels") as bar:
         for case in cases:
-            rows[case.name] = _measure(case, times_triton)
+            rows[case.name] = measure_case(case, times_triton)
             bar.update()
-    return environment(config) | {
+    return report.environment(config) | {
         "copy_gb_per_s": copy_bytes_per_s() / 1e9,
         "triton": None if times_triton else NOT_TIMED,
         "kernels": rows,
     }
 
 
-def _measure(case: KernelCase, times_triton: bool) -> dict[str, Any]:
+def measure_case(case: KernelCase, times_triton: bool) -> dict[str, Any]:
     """One kernel in all its forms."""
     chosen: dict[str, tuple[Kernels, Callable[..., Any]]] = {
         "eager": ("torch", case.eager),
@@ -72,11 +70,11 @@ def _measure(case: KernelCase, times_triton: bool) -> dict[str, Any]:
     }
     if times_triton and case.has_triton:
         chosen["triton"] = "triton", case.kernel
-    exact = _results(case, case.eager, torch.float64)
+    exact = results(case, case.eager, torch.float64)
     forms: dict[str, dict[str, float]] = {}
     for name, (kernels, function) in chosen.items():
         with kernels_chosen(kernels):
-            error = _largest_error(_results(case, function), exact)
+            error = largest_error(results(case, function), exact)
             forms[name] = _time(case, function) | {"error": error}
     for name, row in forms.items():
         row["eager_over_this"] = forms["eager"]["ms"] / forms[name]["ms"]
@@ -86,16 +84,16 @@ def _measure(case: KernelCase, times_triton: bool) -> dict[str, Any]:
 def _time(case: KernelCase, function: Callable[..., Any]) -> dict[str, float]:
     """Milliseconds, and GB/s of the bytes that must be moved."""
     inputs = _leaves(case, None)
-    # Numbers are counted in the run's dtype; what is in another one is in fp32.
+    # Elements are counted in the run's dtype; other inputs are in fp32.
     size = min(x.element_size() for x in inputs.values() if x.is_floating_point())
-    forward_s = best_time_s(lambda: function(*inputs.values()))
+    forward_s = time_s(lambda: function(*inputs.values()))
     times = {"forward_ms": 1e3 * forward_s, "backward_ms": 0.0}
     num_bytes = case.forward_values * size
     if case.leaves:
         outputs = _as_tuple(function(*inputs.values()))
         gradients = [torch.ones_like(y) for y in outputs]
         leaves = [inputs[name] for name in case.leaves]
-        backward_s = best_time_s(
+        backward_s = time_s(
             lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
         )
         times["backward_ms"] = 1e3 * backward_s
@@ -105,7 +103,7 @@ def _time(case: KernelCase, function: Callable[..., Any]) -> dict[str, float]:
     return times
 
 
-def _results(
+def results(
     case: KernelCase, function: Callable[..., Any], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Outputs, and gradients by the leaves for a fixed gradient of the outputs."""
@@ -114,7 +112,7 @@ def _results(
     if not case.leaves:
         return list(outputs)
     generator = torch.Generator(outputs[0].device).manual_seed(2)
-    rounded = case.inputs[case.leaves[0]].dtype  # also where the chain is in fp64
+    rounded = case.inputs[case.leaves[0]].dtype  # also where the eager form runs in fp64
     gradients = [
         torch.randn(y.shape, generator=generator, device=y.device).to(rounded).to(y.dtype)
         for y in outputs
@@ -136,7 +134,7 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _largest_error(actual: list[Tensor], exact: list[Tensor]) -> float:
+def largest_error(actual: list[Tensor], exact: list[Tensor]) -> float:
     """Largest difference over the largest exact entry, over all tensors."""
     with torch.no_grad():
         return max(
@@ -146,22 +144,21 @@ def _largest_error(actual: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The figures of `benchmark_kernels` for people."""
-    lines = [
-        f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}, "
-        f"{result['date']}; copy {result['copy_gb_per_s']:.4g} GB/s",
-        "",
-        f"{'kernel':>26} {'form':>7} {'forward ms':>11} {'backward ms':>12} {'GB/s':>8} "
-        f"{'of copy':>8} {'eager/this':>11} {'error':>9}",
+    """A result as a table."""
+    copy = result["copy_gb_per_s"]
+    rows = [
+        (
+            name if form == "eager" else "",
+            form,
+            *(row[key] for key in ("forward_ms", "backward_ms", "gb_per_s")),
+            report.percent(row["gb_per_s"] / copy),
+            f"{row['eager_over_this']:.3f}",
+            f"{row['error']:.1e}",
+        )
+        for name, kernel in result["kernels"].items()
+        for form, row in kernel["forms"].items()
     ]
-    for name, kernel in result["kernels"].items():
-        for form, row in kernel["forms"].items():
-            lines.append(
-                f"{name:>26} {form:>7} {row['forward_ms']:>11.4g} {row['backward_ms']:>12.4g} "
-                f"{row['gb_per_s']:>8.4g} {row['gb_per_s'] / result['copy_gb_per_s']:>8.1%} "
-                f"{row['eager_over_this']:>11.3f} {row['error']:>9.1e}"
-            )
-            name = ""
-    if result["triton"]:
-        lines += ["", result["triton"]]
-    return "\n".join(lines)
+    header = ("kernel", "form", "forward ms", "backward ms", "GB/s", "of copy", "eager/this")
+    text = f"{report.heading(result)}; copy {copy:.4g} GB/s\n\n"
+    text += report.table((*header, "error"), rows)
+    return text + (f"\n\n{result['triton']}" if result["triton"] else "")

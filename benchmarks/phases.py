@@ -1,26 +1,29 @@
 """Where a step's time goes: forward, backward, gradients, optimizer.
 
-Timed in steps of their own, in which the host waits for the device around every phase; the steps
-that make the speed are not touched. Ours is told apart by the timers that megatron-core's schedules
-offer and by the optimizer's methods, a plain step by the ranges that it names itself.
+Measured in steps of their own, with a device synchronisation around every phase; the steps that are
+timed as a whole have none. Our phases come from the timers that megatron-core's schedules call and
+from the optimizer's update; the reference names its own.
 
-    forward     model and loss, with the batch's way to the device
+    forward     model and loss, with the copy of the batch to the device
     backward    of all micro-batches
-    gradients   what lies between the last backward and the update: reduction over ranks, division
-                by the number of tokens, norm; a plain step clips here
+    gradients   from the last backward to the update: reduction over ranks, division by the number
+                of tokens, norm; the reference clips here
     optimizer   the update of the weights; ours clips in it
-    other       the rest: setting gradients to zero, scheduling, Python between the phases
+    other       the rest: zeroing gradients, scheduling, Python between the phases
 """
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from benchmarks.processes import Held
+from benchmarks.report import published
+from benchmarks.timing import synchronize_device
 from megatron_ponder.train.step import TrainingState
 
 MCORE_PHASES = {"forward-compute": "forward", "backward-compute": "backward"}
@@ -40,18 +43,12 @@ def unnamed(name: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def synchronize_device() -> None:
-    """Until everything that was started on the device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @dataclasses.dataclass
 class PhaseTimes:
-    """Spans of one step by name, as the host's clock and a profiler see them."""
+    """Spans of one step by name, in the host's clock and in a profiler's trace."""
 
-    waits: bool = True
-    """Whether the host waits for the device at both ends of a range."""
+    synchronizes: bool = True
+    """Whether both ends of a range synchronise with the device."""
     spans: list[tuple[str, float, float]] = dataclasses.field(default_factory=list)
     """Name, begin and end in seconds."""
 
@@ -59,15 +56,14 @@ class PhaseTimes:
     def __call__(self, name: str) -> Iterator[None]:
         """Time what is inside."""
         with torch.profiler.record_function(name):
-            self._wait()
-            begin_s = time.perf_counter()
+            begin_s = self._now_s()
             yield
-            self._wait()
-            self.spans.append((name, begin_s, time.perf_counter()))
+            self.spans.append((name, begin_s, self._now_s()))
 
-    def _wait(self) -> None:
-        if self.waits:
+    def _now_s(self) -> float:
+        if self.synchronizes:
             synchronize_device()
+        return time.perf_counter()
 
     def in_ms(self, step_s: float) -> dict[str, float]:
         """Milliseconds by phase of a step that took `step_s`; they add up to it."""
@@ -82,14 +78,17 @@ class PhaseTimes:
         return ms
 
 
-def time_phases(step: Callable[[Phase], Any]) -> dict[str, float]:
-    """Milliseconds by phase, and `total`, of one step."""
-    synchronize_device()
-    times, begin_s = PhaseTimes(), time.perf_counter()
-    step(times)
-    synchronize_device()
-    step_s = time.perf_counter() - begin_s
-    return times.in_ms(step_s) | {"total": 1e3 * step_s}
+def time_phases(held: Held, name: str, num_steps: int) -> dict[str, float]:
+    """In a process: milliseconds by phase, and `total`, of the fastest of a few steps."""
+    steps = []
+    for iteration in range(1, num_steps + 1):
+        synchronize_device()
+        times, begin_s = PhaseTimes(), time.perf_counter()
+        held[name].step(iteration, times)
+        synchronize_device()
+        step_s = time.perf_counter() - begin_s
+        steps.append(times.in_ms(step_s) | {"total": 1e3 * step_s})
+    return min(steps, key=lambda ms: ms["total"])
 
 
 @contextlib.contextmanager
@@ -98,7 +97,7 @@ def named_phases(training_state: TrainingState, phase: Phase) -> Iterator[None]:
 
     Args:
         training_state: on one pipeline stage.
-        phase: what to name them with; `unnamed`: nothing is done.
+        phase: names them; with `unnamed` nothing is patched.
     """
     if phase is unnamed:
         yield
@@ -131,7 +130,7 @@ class _McoreTimers:
 
 
 class _McoreTimer:
-    """One of them; those of a kind do not overlap. Timers of no phase do nothing."""
+    """One timer. Those of a kind do not overlap; those of no phase do nothing."""
 
     _open: contextlib.ExitStack | None = None
 
@@ -150,22 +149,19 @@ class _McoreTimer:
             _McoreTimer._open.close()
 
 
-def trace_step(step: Callable[[Phase], Any], path: str) -> None:
-    """Write one step as the profiler saw it, in Chrome's trace format.
+def trace_step(held: Held, name: str, path: str) -> None:
+    """In a process: write a profiler's trace of one step, in Chrome's format.
 
     Args:
-        step: takes a step whose phases it names; nothing waits for the device in between.
-        path: of the JSON file (with .gz, compressed).
+        held: what the process holds.
+        name: of the side.
+        path: of the JSON file; with the suffix .gz it is compressed.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        step(PhaseTimes(waits=False))
+        held[name].step(1, PhaseTimes(synchronizes=False))
         synchronize_device()
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix decides about compression.
-    unfinished = target.with_name(f".{target.name}")
-    profiler.export_chrome_trace(str(unfinished))
-    unfinished.replace(target)
+    with published(Path(path)) as unfinished:
+        profiler.export_chrome_trace(str(unfinished))

@@ -2,8 +2,8 @@
 
 The plain loop is what one would write first: a line, json.loads, the tokenizer, megatron-core's
 dataset builder. Each side reads the same JSON Lines file and must write the same bytes. They take
-turns, so that a machine that slows down slows all of them. CPU time is given besides wall time: it
-is what a machine shared with others does not falsify. Left out: compressed input.
+turns, so that a slowdown of the machine hits all of them. CPU time is given besides wall time:
+other processes disturb it less. Left out: compressed input.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import statistics
 import sysconfig
 import tempfile
@@ -28,9 +29,10 @@ import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from benchmarks.options import PreprocessBenchmarkOptions
+from benchmarks import report
+from benchmarks.commands import PreprocessOptions
 from megatron_ponder import log
-from megatron_ponder.config.schema import DataConfig
+from megatron_ponder.config.schema import DataConfig, RunConfig
 from megatron_ponder.data.preprocess import PreprocessConfig, preprocess
 from megatron_ponder.data.readers import read_documents
 from megatron_ponder.data.sentencepiece_training import (
@@ -48,16 +50,20 @@ Side = Callable[[Path], None]
 """Writes <folder>/out_text_document.bin and .idx."""
 
 
-def benchmark_preprocessing(options: PreprocessBenchmarkOptions) -> dict[str, Any]:
+def measure(options: PreprocessOptions, config: RunConfig) -> dict[str, Any]:
     """Measure both sides.
 
+    Args:
+        options: which text and tokenizer, how often.
+        config: not used.
+
     Returns:
-        Plain data: what was measured where, and a row per side.
+        A row per side, and the machine.
 
     Raises:
         PonderError: input or tokenizer cannot be used.
     """
-    logging.getLogger(log.PACKAGE_LOGGER).setLevel(logging.WARNING)  # stdout is for the result
+    logging.getLogger(log.PACKAGE_LOGGER).setLevel(logging.WARNING)  # no line per run
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
@@ -76,7 +82,8 @@ def benchmark_preprocessing(options: PreprocessBenchmarkOptions) -> dict[str, An
                 target = folder / f"{number} {side_name}"
                 target.mkdir()
                 measured[side_name].append(_timed(side, target))
-                contents.add(_read_and_remove(target))
+                contents.add((target / "out_text_document.bin").read_bytes())
+                shutil.rmtree(target)
         if len(contents) != 1:
             raise ConfigError("the sides wrote different files; this is a bug, please report it.")
         num_tokens = len(contents.pop()) // settings["token_bytes"]
@@ -103,26 +110,21 @@ def benchmark_preprocessing(options: PreprocessBenchmarkOptions) -> dict[str, An
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The figures of `benchmark_preprocessing` for people."""
-    lines = [
+    """A result as a table."""
+    rates = ("mb_per_s", "tokens_per_s")
+    keys = (*rates, *(f"{rate}_per_core" for rate in rates), "mb_per_cpu_s")
+    rows = [(name, *(row[key] for key in keys)) for name, row in result["sides"].items()]
+    header = ("", "MB/s", "tokens/s", "MB/s per core", "tokens/s per core", "MB per CPU s")
+    ratios = "\n".join(f"{name}: {value:.2f}" for name, value in result["ratios"].items())
+    return (
         f"{result['machine']}, Python {result['versions']['python']}, {result['date']}; "
-        f"{result['text_bytes'] / 1e6:.1f} MB of text, {result['tokens']:,} tokens",
-        "",
-        f"{'':>22} {'MB/s':>8} {'tokens/s':>12} {'per core:':>10} {'MB/s':>8} {'tokens/s':>12} "
-        f"{'MB per CPU s':>13}",
-    ]
-    for name, row in result["sides"].items():
-        lines.append(
-            f"{name:>22} {row['mb_per_s']:>8.2f} {row['tokens_per_s']:>12,.0f} {'':>10} "
-            f"{row['mb_per_s_per_core']:>8.2f} {row['tokens_per_s_per_core']:>12,.0f} "
-            f"{row['mb_per_cpu_s']:>13.2f}"
-        )
-    lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
-    return "\n".join(lines)
+        f"{result['text_bytes'] / 1e6:.1f} MB of text, {result['tokens']:,} tokens\n\n"
+        f"{report.table(header, rows)}\n\n{ratios}"
+    )
 
 
-def _write_corpus(options: PreprocessBenchmarkOptions, corpus: Path) -> int:
-    """The text to measure on, as plain JSON Lines; its UTF-8 bytes."""
+def _write_corpus(options: PreprocessOptions, corpus: Path) -> int:
+    """Write the text to measure on as JSON Lines; the bytes of its texts."""
     source = find_inputs(options.input)
     if not source:
         source = [corpus.with_name("library.jsonl")]
@@ -140,9 +142,7 @@ def _write_corpus(options: PreprocessBenchmarkOptions, corpus: Path) -> int:
 
 
 def _quickstart_corpus() -> Any:
-    """The quickstart's corpus maker, which is no part of the package."""
-    if not QUICKSTART_CORPUS.is_file():
-        raise ConfigError("without the project's examples/ folder, --input must be given.")
+    """The quickstart's corpus maker, a script of the examples."""
     spec = importlib.util.spec_from_file_location("quickstart_corpus", QUICKSTART_CORPUS)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -150,9 +150,7 @@ def _quickstart_corpus() -> Any:
     return module
 
 
-def _tokenizer_settings(
-    options: PreprocessBenchmarkOptions, corpus: Path, folder: Path
-) -> dict[str, Any]:
+def _tokenizer_settings(options: PreprocessOptions, corpus: Path, folder: Path) -> dict[str, Any]:
     """The tokenizer that was named, or one that is trained on the corpus."""
     model = options.tokenizer_model
     name = str(model)
@@ -177,7 +175,7 @@ def _tokenizer_settings(
 
 
 def _plain_loop(corpus: Path, settings: dict[str, Any]) -> Side:
-    """One process, one document after the other."""
+    """One process, document by document."""
 
     def run(folder: Path) -> None:
         tokenizer: Tokenizer = build_tokenizer(settings["data"])
@@ -194,7 +192,7 @@ def _plain_loop(corpus: Path, settings: dict[str, Any]) -> Side:
 
 
 def _ours(corpus: Path, settings: dict[str, Any], workers: int, word_cache: bool) -> Side:
-    """`preprocess`, its start included."""
+    """`preprocess`, with the start of its workers."""
 
     def run(folder: Path) -> None:
         data: DataConfig = settings["data"]
@@ -215,30 +213,22 @@ def _ours(corpus: Path, settings: dict[str, Any], workers: int, word_cache: bool
 
 
 def _timed(side: Side, folder: Path) -> dict[str, float]:
-    """Seconds of wall and of CPU."""
+    """Seconds of wall time and of CPU time."""
     cpu_s, start_s = _cpu_s(), time.perf_counter()
     side(folder)
     return {"wall_s": time.perf_counter() - start_s, "cpu_s": _cpu_s() - cpu_s}
 
 
 def _cpu_s() -> float:
-    """CPU time of this process and of its workers that have ended."""
+    """CPU time of this process and of its finished workers."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _read_and_remove(folder: Path) -> bytes:
-    """The ids that a side wrote."""
-    content = (folder / "out_text_document.bin").read_bytes()
-    for file in folder.iterdir():
-        file.unlink()
-    return content
 
 
 def _row(
     measured: list[dict[str, float]], workers: int, text_bytes: int, num_tokens: int
 ) -> dict[str, Any]:
-    """The figures of one side: medians over rounds."""
+    """Figures of one side: medians over rounds."""
     wall_s = statistics.median(each["wall_s"] for each in measured)
     cpu_s = statistics.median(each["cpu_s"] for each in measured)
     mb = text_bytes / 1e6
@@ -255,7 +245,7 @@ def _row(
 
 
 def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Against the plain loop, and from the fewest workers to each other number."""
+    """Speed over the plain loop's, and over that of the first number of workers."""
     plain = next(iter(rows.values()))
     ours = [row for name, row in list(rows.items())[1:] if "cache" not in name]
     ratios = {

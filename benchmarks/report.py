@@ -1,107 +1,127 @@
-"""What a training benchmark found, as text and as a picture."""
+"""What every benchmark shares: the machine, tables, figures, and files that appear complete.
 
+A result is a dictionary that JSON can hold. Its text is a heading, then tables.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-
-def as_table(result: dict[str, Any]) -> str:
-    """The figures of `benchmark_training` for people."""
-    names = [name for name in ("ours", result["baseline"]) if name in result]
-    lines = [
-        f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}, "
-        f"megatron-core {result['versions']['megatron_core']}, {result['date']}",
-        "",
-        f"{'':>12} {'ms/step':>10} {'tokens/s':>12} {'TFLOP/s':>10} {'MFU':>7} {'memory GiB':>11}",
-    ]
-    for name in names:
-        row = result[name]
-        tflops = "-" if row["tflops"] is None else f"{row['tflops']:.4g}"
-        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        lines.append(
-            f"{name:>12} {row['ms_per_step']:>10.1f} {row['tokens_per_s']:>12,.0f} "
-            f"{tflops:>10} {mfu:>7} {row['step_memory_gib']:>11.3f}"
-        )
-    if result["peak_tflops"] is not None:
-        lines += ["", f"MFU: {result['mfu_definition']}, {result['peak_tflops']} TFLOP/s."]
-    else:
-        lines += ["", "No MFU: the peak rate of this device or precision is not known."]
-    for key, what in (("speedup", "time"), ("speedup_cpu_time", "time that a core worked")):
-        if key in result:
-            speedup = result[key]
-            lines += [
-                "",
-                f"{what}, {result['baseline']} / ours: {speedup['median']:.3f} (median of rounds, "
-                f"from {speedup['least']:.3f} to {speedup['largest']:.3f}); above 1: ours is "
-                "faster",
-            ]
-    lines += ["", *_phases(result, names)]
-    if result["roofline"] is not None:
-        lines += ["", *roofline_lines(result["roofline"])]
-    if result["by_r"]:
-        lines += ["", f"{'R':>12} {'ms/step':>10} {'memory GiB':>11}"]
-        lines += [
-            f"{row['num_jacobi_iterations']:>12} {row['ms_per_step']:>10.1f} "
-            f"{row['step_memory_gib']:>11.3f}"
-            for row in result["by_r"]
-        ]
-    return "\n".join(lines)
+from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.runtime.device import device
 
 
-def _phases(result: dict[str, Any], names: list[str]) -> list[str]:
-    """Milliseconds by phase, of one step of each side that waits for the device in between."""
-    phases = list(result[names[0]]["phases_ms"])
-    header = f"{'ms by phase':>12} " + " ".join(f"{phase:>10}" for phase in phases)
-    return [header] + [
-        f"{name:>12} " + " ".join(f"{result[name]['phases_ms'][p]:>10.1f}" for p in phases)
-        for name in names
-    ]
+def environment(config: ResolvedConfig) -> dict[str, Any]:
+    """Date, device, versions and settings that a result holds for."""
+    is_cuda = device().type == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if is_cuda else f"CPU ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron_core": importlib.metadata.version("megatron-core"),
+            "transformers": importlib.metadata.version("transformers"),
+        },
+        "config": config.to_flat_dict(),
+    }
 
 
-def roofline_lines(roofline: dict[str, Any]) -> list[str]:
-    """Passes against their floor."""
-    rates = roofline["rates"]
-    lines = [
-        f"measured: products {rates['gemm_tflops']:.4g} TFLOP/s, copy "
-        f"{rates['copy_gb_per_s']:.4g} GB/s",
-        f"{'pass':>12} {'slots/token':>12} {'read':>5} {'GFLOP':>9} {'GB':>8} {'floor ms':>9} "
-        f"{'forward ms':>11} {'reached':>8} {'backward ms':>12} {'share':>7}",
-    ]
-    for number, row in enumerate([*roofline["passes"], roofline["total"]], 1):
-        name = str(number) if "slots_per_token" in row else "all"
-        slots, outputs = row.get("slots_per_token", ""), row.get("outputs_per_token", "")
-        lines.append(
-            f"{name:>12} {slots:>12} {outputs:>5} "
-            f"{row['gflops']:>9.4g} {row['gigabytes']:>8.3g} {row['floor_ms']:>9.4g} "
-            f"{row['forward_ms']:>11.4g} {row['reached']:>8.1%} {row['backward_ms']:>12.4g} "
-            f"{row['share']:>7.1%}"
-        )
-    return lines
+def heading(result: dict[str, Any]) -> str:
+    """One line that says where a result was measured."""
+    versions = result["versions"]
+    return (
+        f"{result['device']}, {result['threads']} threads, torch {versions['torch']}, "
+        f"megatron-core {versions['megatron_core']}, {result['date']}"
+    )
 
 
-def draw_by_r(result: dict[str, Any], path: Path) -> None:
-    """Memory and time of a step over R, as a PNG."""
-    rows = result["by_r"]
-    r = [row["num_jacobi_iterations"] for row in rows]
-    figure = Figure(figsize=(9, 3.5), dpi=150, layout="constrained", facecolor="white")
-    axes = figure.subplots(1, 2)
-    for axis, key, label in (
-        (axes[0], "step_memory_gib", "memory of a step (GiB)"),
-        (axes[1], "ms_per_step", "time of a step (ms)"),
-    ):
-        axis.plot(r, [row[key] for row in rows], marker="o", color="#d97706")
-        axis.set(xlabel="Jacobi iterations R", ylabel=label, xticks=r)
-        axis.set_ylim(bottom=0)
-        axis.grid(color="#e5e7eb")
-        axis.spines[["top", "right"]].set_visible(False)
-    save_png(figure, path)
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns aligned on the right.
+
+    Args:
+        header: names of the columns.
+        rows: cells; a float is written with four digits, None as a dash.
+    """
+    lines = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def percent(value: float | None) -> str:
+    """A share as a cell."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median of the rounds, with the least and the largest."""
+    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
+
+
+def spread_text(ratio: dict[str, float]) -> str:
+    """A `spread` in words."""
+    return (
+        f"{ratio['median']:.3f} (median of rounds, from {ratio['least']:.3f} to "
+        f"{ratio['largest']:.3f})"
+    )
+
+
+@contextlib.contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A path to write to; when the block ends, the file is flushed to disk and gets its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")  # keeps the suffix, which may decide the format
+    yield unfinished
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write a result."""
+    with published(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+def new_figure(num_panels: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels, row by row."""
+    columns = min(columns, num_panels)
+    rows = -(-num_panels // columns)
+    size = (4.4 * columns, 0.8 + 3.1 * rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.grid(color="#e5e7eb")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[num_panels:]:
+        axes.set_visible(False)
+    return figure, panels[:num_panels]
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a picture under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    FigureCanvasAgg(figure).print_png(unfinished)
-    unfinished.replace(path)
+    """Write a figure."""
+    with published(path) as unfinished:
+        FigureCanvasAgg(figure).print_png(unfinished)

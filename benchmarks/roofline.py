@@ -1,19 +1,18 @@
 """Each pass of a plan against its floor: FLOPs, bytes, the least time, the time it takes.
 
-A pass is cut into matrix products and what lies between them. The floor of each piece is its
-arithmetic at the measured rate of products or its traffic at the measured rate of copies, whichever
-is longer; the floor of the pass is their sum, since one begins when the one before has ended.
+A pass is cut into matmuls and what lies between them. The floor of a piece is its arithmetic at the
+measured rate of matmuls or its traffic at the measured rate of copies, whichever is longer. The
+floor of the pass is the sum, since each piece starts when the one before has ended.
 
-Traffic counts, in the dtype of the run, that every piece reads its operands and writes its results
-once. What lies between two products is one piece, as one fused kernel would do it: residual add and
-norm (read the stream and the branch, write the sum and its norm), rotary positions (read and write
-queries and keys), activation, embedding, loss (reads the logits). Attention reads queries, keys and
-values and writes its output. So the floor can be reached only by fusing everything that can be
-fused without joining two products; it is no estimate of what is possible beyond that.
+Traffic, in the dtype of the run: every piece reads its operands and writes its results once. What
+lies between two matmuls counts as one fused kernel: residual add and norm (read stream and branch,
+write sum and norm), rotary positions (read and write queries and keys), activation, embedding, loss
+(reads the logits). Attention reads queries, keys and values and writes its output. So the floor
+needs everything fused that can be fused without joining two matmuls.
 
-Times are of single passes run one by one, the host waiting for the device in between; the backward
-is cut where the gradient of what a pass handed on is complete. Left out: backward floors, more than
-one rank, and anything that is computed twice to save memory.
+Passes are timed one by one, with device synchronisation in between; the backward is cut where the
+gradient of a pass's carry is complete. Left out: floors of the backward, more than one rank, and
+recomputation.
 """
 
 import dataclasses
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.device_rates import DeviceRates, measure_rates
-from benchmarks.phases import synchronize_device
+from benchmarks import report
+from benchmarks.processes import Held
 from benchmarks.steps import OurSteps
+from benchmarks.timing import DeviceRates, measure_rates, synchronize_device
 from megatron_ponder.config.resolved import ResolvedConfig, ResolvedModelConfig
 from megatron_ponder.model.size import linear_modules
 from megatron_ponder.ponder.plan import Pass, PassPlan
@@ -34,9 +34,9 @@ from megatron_ponder.ponder.training_plan import training_plan
 from megatron_ponder.runtime.device import device
 
 REPETITIONS = 3
-"""Times that all passes are run; the least time of each counts."""
+"""Runs of all passes; the least time of each counts."""
 SQUARE = {"cuda": 8192, "cpu": 1024}
-"""By device: edge of the square product that is measured beside the model's own."""
+"""By device: edge of the square matmul that is measured beside the model's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Operation:
     name: str
     flops: float
     values: float
-    """Numbers read and written, each once."""
+    """Elements read and written."""
 
 
 def pass_operations(
@@ -62,21 +62,21 @@ def pass_operations(
         seq_length: tokens of each of its sequences.
     """
     h, v = model.hidden_size, model.vocab_size
-    slots, read_slots = tokens * pass_.slots_per_token, tokens * pass_.outputs_per_token
+    slots, output_slots = tokens * pass_.slots_per_token, tokens * pass_.outputs_per_token
     pieces = [Operation("input", 0, 2 * slots * h)]
     for layer in range(model.num_layers):
         is_last = layer == model.num_layers - 1
-        behind = read_slots if is_last else slots
+        behind = output_slots if is_last else slots
         pieces += _layer(model, slots, behind, seq_length * pass_.slots_per_token)
-    pieces.append(Operation("residual and final norm", 0, 4 * read_slots * h))
+    pieces.append(Operation("residual and final norm", 0, 4 * output_slots * h))
     if pass_.mixes_embeddings:
         pieces += [
-            _product("mixture: head", read_slots, h, v),
-            Operation("mixture: softmax", 0, 2 * read_slots * v),
-            _product("mixture: embeddings", read_slots, v, h),
+            _matmul("mixture: head", output_slots, h, v),
+            Operation("mixture: softmax", 0, 2 * output_slots * v),
+            _matmul("mixture: embeddings", output_slots, v, h),
         ]
     if plan.is_last(pass_):
-        pieces += [_product("head", tokens, h, v), Operation("loss", 0, tokens * v)]
+        pieces += [_matmul("head", tokens, h, v), Operation("loss", 0, tokens * v)]
     return pieces
 
 
@@ -88,37 +88,39 @@ def _layer(
     (_, qkv_width), (width, _), (_, mlp_width), (ffn, _) = linear_modules(model)
     keys_width = model.num_query_groups * model.kv_channels
     yield Operation("residual and norm", 0, 4 * slots * h)
-    yield _product("QKV", slots, h, qkv_width)
+    yield _matmul("QKV", slots, h, qkv_width)
     if model.position_embedding_type == "rope":
         yield Operation("rotary", 0, 2 * slots * (width + keys_width))
     yield Operation(
         "attention",
-        2 * slots * slots_per_sequence * width,  # half of the square, two products
+        2 * slots * slots_per_sequence * width,  # half of the square, two matmuls
         slots * (qkv_width + width),
     )
-    yield _product("attention output", behind, width, h)
+    yield _matmul("attention output", behind, width, h)
     # With a parallel residual the norm of the MLP is in the piece before attention.
     yield Operation("residual and norm", 0, (2 if model.parallel_residual else 4) * behind * h)
-    yield _product("MLP in", behind, h, mlp_width)
+    yield _matmul("MLP in", behind, h, mlp_width)
     yield Operation("activation", 0, behind * (mlp_width + ffn))
-    yield _product("MLP out", behind, ffn, h)
+    yield _matmul("MLP out", behind, ffn, h)
 
 
-def _product(name: str, m: int, k: int, n: int) -> Operation:
+def _matmul(name: str, m: int, k: int, n: int) -> Operation:
     """[m, k] times weights [k, n]."""
     return Operation(name, 2 * m * k * n, m * k + k * n + m * n)
 
 
-def measure_roofline(side: OurSteps) -> dict[str, Any]:
-    """Time every pass of the evaluation's R, forward and backward, and set it beside its floor.
+def measure_passes(held: Held, name: str) -> dict[str, Any]:
+    """In a process: time every pass, forward and backward, and compare it with its floor.
 
     Args:
-        side: ours, built; its gradients are overwritten.
+        held: what the process holds.
+        name: of our side; its gradients are overwritten.
 
     Returns:
         `rates`, and for each of `passes` and for their `total`: `gflops`, `gigabytes`, `floor_ms`,
         `forward_ms`, `reached` (floor over forward), `backward_ms`, and its `share` of both times.
     """
+    side: OurSteps = held[name]
     config = side.config
     method = side.training_state.model.method
     plan = training_plan(method, config.method.num_jacobi_iterations)
@@ -157,8 +159,31 @@ def measure_roofline(side: OurSteps) -> dict[str, Any]:
     return {"rates": dataclasses.asdict(rates), "passes": rows, "total": total}
 
 
+def as_text(roofline: dict[str, Any]) -> str:
+    """Passes against their floor, as a table."""
+    rates = roofline["rates"]
+    rows = [
+        (
+            str(number) if "slots_per_token" in row else "all",
+            row.get("slots_per_token", ""),
+            row.get("outputs_per_token", ""),
+            *(row[key] for key in ("gflops", "gigabytes", "floor_ms", "forward_ms")),
+            report.percent(row["reached"]),
+            row["backward_ms"],
+            report.percent(row["share"]),
+        )
+        for number, row in enumerate([*roofline["passes"], roofline["total"]], 1)
+    ]
+    header = ("pass", "slots/token", "outputs", "GFLOP", "GB", "floor ms", "forward ms", "reached")
+    return (
+        f"measured: matmuls {rates['gemm_tflops']:.4g} TFLOP/s, copy "
+        f"{rates['copy_gb_per_s']:.4g} GB/s\n"
+        + report.table((*header, "backward ms", "share"), rows)
+    )
+
+
 def _rates(config: ResolvedConfig, plan: PassPlan) -> DeviceRates:
-    """Of the model's largest products, and of a large square one."""
+    """Of the model's largest matmuls, and of a large square one."""
     tokens = config.training.micro_batch_size * config.data.seq_length * plan.max_slots_per_token
     edge = SQUARE[device().type]
     shapes = [(tokens, inputs, outputs) for inputs, outputs in linear_modules(config.model)]
@@ -178,7 +203,7 @@ def _time_passes(side: OurSteps, plan: PassPlan) -> tuple[list[float], list[floa
         carry = model.forward_pass(pass_, plan, batch["tokens"], batch["labels"], carry)
         forward.append(_now() - begin_s)
         if carry.requires_grad and not plan.is_last(pass_):
-            # Its gradient is complete when the passes behind it have had their backward.
+            # Its gradient is complete when the later passes have had their backward.
             carry.register_hook(lambda _, index=pass_.index: ends.update({index + 1: _now()}))
     assert carry is not None
     begin_s = _now()
@@ -194,6 +219,6 @@ def _time_passes(side: OurSteps, plan: PassPlan) -> tuple[list[float], list[floa
 
 
 def _now() -> float:
-    """Seconds, when the device is done."""
+    """Seconds, after a device synchronisation."""
     synchronize_device()
     return time.perf_counter()

@@ -35,7 +35,7 @@ class StockReference(nn.Module):
 
     def __init__(self, config: ResolvedConfig) -> None:
         super().__init__()
-        _refuse_what_is_missing(config)
+        check_settings(config)
         keys = build_stock_config(config) | build_method_keys(config)
         self.takes_rounds = "method" in keys
         model_class = (
@@ -71,8 +71,8 @@ class StockReference(nn.Module):
         return {names.get(name, name): p for name, p in self.model.named_parameters()}
 
 
-def _refuse_what_is_missing(config: ResolvedConfig) -> None:
-    """Settings that change the numbers and that the reference does not have.
+def check_settings(config: ResolvedConfig) -> None:
+    """Refuse settings that change the numbers and that the reference does not have.
 
     Raises:
         ConfigError: there are some.

@@ -1,1 +1,1 @@
-"""The models and methods once more, in plain PyTorch: an oracle for tests."""
+"""Models, methods and kernels once more, in plain PyTorch: oracles for tests."""

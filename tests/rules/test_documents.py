@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.curves_options import CurvesBenchmarkOptions
+from benchmarks.commands import COMMANDS
 from benchmarks.gpu_report import GpuReportOptions
-from benchmarks.options import (
-    CheckpointBenchmarkOptions,
-    GenerateBenchmarkOptions,
-    KernelsBenchmarkOptions,
-    PipelineBenchmarkOptions,
-    PreprocessBenchmarkOptions,
-    TrainBenchmarkOptions,
-)
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
@@ -39,14 +31,8 @@ from tests.rules.sources import ROOT, tracked_files
 OPTIONS = (
     ImportOptions,
     ExportOptions,
-    TrainBenchmarkOptions,
-    CurvesBenchmarkOptions,
-    PreprocessBenchmarkOptions,
-    PipelineBenchmarkOptions,
-    KernelsBenchmarkOptions,
-    CheckpointBenchmarkOptions,
+    *(command.options for command in COMMANDS.values()),
     GpuReportOptions,
-    GenerateBenchmarkOptions,
     PlanOptions,
     ScalingOptions,
     DoctorOptions,

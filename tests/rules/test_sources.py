@@ -20,7 +20,7 @@ PLANTED = [
         M + "train/x.py",
         "def f():\n    from benchmarks.steps import OurSteps",
     ),
-    (checks.nothing_below_imports_what_measures_it, "benchmarks/x.py", "import tests.reference"),
+    (checks.nothing_below_imports_what_measures_it, "benchmarks/x.py", "import tests.ranks"),
     (checks.no_torch_in_config, M + "config/x.py", "def f():\n    import torch.nn"),
     (
         checks.parallel_state_in_one_place,

@@ -5,19 +5,18 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks.curves import (
+from benchmarks.commands import CurvesOptions, Variable
+from benchmarks.curve_points import (
     SMALL_BASE,
     Point,
     Prediction,
-    _Measured,
     curve_points,
-    describe_point,
     predict,
     with_defaults,
 )
-from benchmarks.curves_options import CurvesBenchmarkOptions, Variable
-from benchmarks.curves_process import rank_group
-from benchmarks.curves_report import TITLES
+from benchmarks.curves import TITLES, Measured, describe_point
+from benchmarks.processes import processes
+from benchmarks.steps import build_ours, drop, measure_memory, take_steps
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
@@ -25,7 +24,7 @@ from megatron_ponder.errors import ConfigError
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.planning.run import PlannedRun
 
-OPTIONS = CurvesBenchmarkOptions()
+OPTIONS = CurvesOptions()
 
 
 def base_of(*flags: str) -> RunConfig:
@@ -82,7 +81,7 @@ def test_predictions() -> None:
 def test_ratios_are_of_rounds() -> None:
     point = points_of("micro-batch")[4.0]
     base = Prediction(flops=1.0, seconds=predict(*point.run).seconds / 4, memory_bytes=100)
-    measured = _Measured(ms=[10.0, 60.0, 8.0], base_ms=[5.0, 10.0, 8.0], memory_bytes=300)
+    measured = Measured(ms=[10.0, 60.0, 8.0], base_ms=[5.0, 10.0, 8.0], memory_bytes=300)
     found = describe_point(point, base, measured, base_memory_bytes=200)
     assert found["time"].pop("quartiles") == [1.5, 4.0]
     assert found["time"] == pytest.approx(
@@ -106,21 +105,28 @@ def test_refusals() -> None:
         points_of("pipeline", ranks=(3,))
     for wrong in ({"rounds": 0}, {"factors": (0.0,)}, {"k_values": (-1,)}, {"variables": ()}):
         with pytest.raises(ConfigError):
-            CurvesBenchmarkOptions(**wrong)
+            CurvesOptions(**wrong)
 
 
-def test_a_group_measures_what_the_planner_says() -> None:
-    """Two models in one process in turns; a layout that is not theirs is refused."""
+def fail(held: dict[str, Any]) -> None:
+    raise ConfigError("as asked")
+
+
+def test_a_process_measures_what_the_planner_says() -> None:
+    """Two models in one process in turns; its errors arrive here."""
     small = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 96, "seq_length": 32}
     base = base_of().replaced(**small)
     runs = {r: resolve(base.replaced(num_jacobi_iterations=r), world_size=1) for r in (0, 2)}
-    with rank_group(1) as group:
+    with processes("a rank", num_threads=1) as group:
         for r, config in runs.items():
-            group.build(str(r), config)
+            group.run(build_ours, str(r), config)
         for r, config in runs.items():
-            assert group.take_steps(str(r), 2) > 0
-            ((held, added),) = group.measure_memory(str(r))
-            assert held + added == pytest.approx(predict(config, 1).memory_bytes, rel=0.1)
-        group.drop("0")
+            ((losses, seconds, _),) = group.run(take_steps, str(r), 1, 2)
+            assert len(losses) == 2 and seconds > 0
+            (memory,) = group.run(measure_memory, str(r))
+            assert memory == pytest.approx(predict(config, 1).memory_bytes, rel=0.1)
+        group.run(drop, "0")
+        with pytest.raises(ConfigError, match="as asked"):
+            group.run(fail)
         with pytest.raises(ConfigError, match="ended early"):
-            group.take_steps("0", 1)
+            group.run(take_steps, "0", 1, 1)

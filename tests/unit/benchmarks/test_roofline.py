@@ -1,9 +1,11 @@
 """Pieces of a pass: their FLOPs are those counted elsewhere; floors are least times."""
 
+import time
+
 import pytest
 
-from benchmarks.device_rates import DeviceRates
 from benchmarks.roofline import pass_operations
+from benchmarks.timing import DeviceRates, time_s
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.model.size import forward_flops
@@ -40,7 +42,7 @@ def test_flops_are_those_of_the_flop_counter(case):
     assert [sum(o.flops for o in pieces) for pieces in passes] == [2 * c.total for c in counted]
 
 
-def test_traffic_of_a_product():
+def test_traffic_of_a_matmul():
     config, _, passes = operations(CASES["vanilla"])
     (head,) = (o for o in passes[0] if o.name == "head")
     assert head.values == 24 * 32 + 32 * 100 + 24 * 100
@@ -51,3 +53,13 @@ def test_floor_is_the_longer_of_arithmetic_and_traffic():
     rates = DeviceRates(gemm_tflops=2.0, copy_gb_per_s=100.0)
     assert rates.floor_s(4e12, 1e9) == 2.0
     assert rates.floor_s(1e9, 3e11) == 3.0
+
+
+def test_time_is_of_one_call():
+    calls = []
+
+    def sleep():
+        calls.append(time.sleep(0.002))
+
+    assert 0.002 <= time_s(sleep, is_best=True) <= time_s(sleep) < 0.02
+    assert len(calls) < 1000

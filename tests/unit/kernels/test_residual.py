@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megatron_ponder.kernels.dispatch import kernels_chosen
 from megatron_ponder.kernels.residual import add_and_norm, add_branches, norm_beside_residual
 from megatron_ponder.kernels.triton import norm
+from tests.reference import kernels as reference
 from tests.unit.kernels.tolerances import DEVICE, FORWARD, GRADIENT, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,26 +26,14 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(norm, "_block", lambda width: block(width) | {"ROWS": 2})
 
 
-def plain_norm(x, weight, bias):
-    if bias is None:
-        return F.rms_norm(x, weight.shape, weight, EPS)
-    return F.layer_norm(x, weight.shape, weight, bias, EPS)
-
-
-def plain_add(residual, *branches):
-    for x, bias in zip(branches[::2], branches[1::2], strict=True):
-        residual = residual + (x if bias is None else x + bias)
-    return residual
-
-
 def plain_add_and_norm(x, y, c, weight, bias, written=None):
     """The norm is of the row as it is written, where that is given: rounded to 16 bits.
 
     A row of few and close numbers is another one when it is rounded, and its norm still more so.
     """
-    total = plain_add(x, y, c)
+    total = reference.add(x, y, c)
     rounded = total if written is None else total + (written - total).detach()
-    return total, plain_norm(rounded, weight, bias)
+    return total, reference.norm(rounded, weight, bias, EPS)
 
 
 def in_pairs(tensors):
@@ -58,8 +46,8 @@ OURS = {
     "add and norm": lambda x, y, c, *norm: add_and_norm(x, (y, c), norm, eps=EPS),
 }
 PLAIN = {
-    "add": lambda x, *branches: (plain_add(x, *branches),),
-    "norm": lambda x, *norms: (x * 1, *(plain_norm(x, *norm) for norm in in_pairs(norms))),
+    "add": lambda x, *branches: (reference.add(x, *branches),),
+    "norm": lambda x, *norms: (x * 1, *(reference.norm(x, *norm, EPS) for norm in in_pairs(norms))),
     "add and norm": lambda x, y, c, *norm: plain_add_and_norm(x, y, c, *norm),
 }
 
@@ -100,10 +88,10 @@ def check(name, given, kernels):
     if name == "add and norm":
         plain = functools.partial(plain_add_and_norm, written=outputs[0].float())
     expected, expected_gradients = results(plain, in_fp32)
-    for actual, reference in zip(outputs, expected, strict=True):
-        assert_close(actual, reference.to(dtype), FORWARD)
-    for actual, reference in zip(gradients, expected_gradients, strict=True):
-        assert_close(actual, reference.to(dtype), GRADIENT)
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert_close(actual, wanted.to(dtype), FORWARD)
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert_close(actual, wanted.to(dtype), GRADIENT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -156,8 +144,8 @@ def test_strided_inputs_and_gradients(kernels):
 
     given = [x, y, c, w, c]
     ours, expected = results(turned("ours"), given, kernels), results(turned("plain"), given)
-    for actual, reference in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
-        assert_close(actual, reference, GRADIENT)
+    for actual, wanted in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+        assert_close(actual, wanted, GRADIENT)
 
 
 def test_a_forgotten_residual_gradient_is_caught():

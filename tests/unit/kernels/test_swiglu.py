@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megatron_ponder.kernels.dispatch import kernels_chosen
 from megatron_ponder.kernels.swiglu import swiglu
+from tests.reference import kernels
 from tests.unit.kernels.tolerances import DEVICE, FORWARD, GRADIENT, assert_close
-
-
-def composed(x: torch.Tensor) -> torch.Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,7 +15,7 @@ def test_equals_the_composition(shape: tuple[int, ...], dtype: torch.dtype) -> N
     x = torch.randn(shape).to(dtype)
     gradient = torch.randn(*shape[:-1], shape[-1] // 2).to(dtype)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = swiglu(ours), composed(theirs)
+    y, expected = swiglu(ours), kernels.swiglu(theirs)
     y.backward(gradient)
     expected.backward(gradient)
     assert y.dtype == dtype
@@ -35,9 +30,9 @@ def test_gradient_with_strided_input_and_gradient() -> None:
     )
 
 
-def with_gradient(kernels, x, gradient):
+def with_gradient(form, x, gradient):
     leaf = x.clone().requires_grad_()
-    with kernels_chosen(kernels):
+    with kernels_chosen(form):
         y = swiglu(leaf)
         y.backward(gradient)
     return y.detach(), leaf.grad
