@@ -79,7 +79,7 @@ def test_other_data_is_refused_unless_told_otherwise(
     assert code == (2 if "vocab_size" in changes else 0), err
 
 
-def test_the_same_data_elsewhere_goes_on(folder: Path) -> None:
+def test_the_same_data_elsewhere_resumes(folder: Path) -> None:
     moved = folder / "moved"
     moved.mkdir()
     for suffix in (".bin", ".idx"):

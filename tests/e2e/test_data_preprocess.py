@@ -131,7 +131,7 @@ def test_a_killed_worker_is_told_and_its_work_done_again(
     assert b"done by an interrupted run" in again.stdout
 
 
-def test_ctrl_c_leaves_work_to_go_on_from(corpus: Path, tokenizer: str, tmp_path: Path) -> None:
+def test_work_resumes_after_ctrl_c(corpus: Path, tokenizer: str, tmp_path: Path) -> None:
     settings = ["--input", corpus, "--tokenizer-model", tokenizer, "--max-rejected", 4]
     settings += ["--workers", 1, "--output-prefix", tmp_path / "out"]
     process = subprocess.Popen(
