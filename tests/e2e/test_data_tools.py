@@ -31,7 +31,7 @@ def test_merge_and_inspect(prefix: str, tmp_path: Path) -> None:
     assert json.loads(ended.stdout)["verified"]["manifest"]
     ended = run("inspect_data.py", "--data-path", both, "--document", 60, *null)
     assert ended.returncode == 0 and "documents: 120" in ended.stdout
-    assert "document 60: " in ended.stdout and "an end id behind it" in ended.stdout
+    assert "document 60: " in ended.stdout and "tokens, with an end id" in ended.stdout
 
 
 def test_indexes_are_ready_when_the_run_starts(prefix: str, tmp_path: Path) -> None:
