@@ -155,10 +155,10 @@ def _ranks(size: int) -> contextlib.AbstractContextManager[Processes]:
 
 
 def _build(options: CurvesOptions, group: Processes, name: str, config: ResolvedConfig) -> int:
-    """Build a model and warm it up; bytes of the fullest rank."""
+    """Build a model and warm it up; the largest peak memory of a rank, in bytes."""
     group.run(build_ours, name, config)
     group.run(take_steps, name, 1, options.warmup_steps)
-    return max(group.run(measure_memory, name))
+    return int(max(group.run(measure_memory, name)))
 
 
 def _measure_point(options: CurvesOptions, groups: dict[int, Processes], point: Point) -> Measured:
@@ -174,8 +174,9 @@ def _measure_point(options: CurvesOptions, groups: dict[int, Processes], point: 
 
 
 def _step_ms(group: Processes, name: str, steps: int) -> float:
-    """Of the slowest rank."""
-    return 1e3 * max(seconds for _, seconds, _ in group.run(take_steps, name, 1, steps)) / steps
+    """Time of a step on the slowest rank."""
+    slowest_s = max(float(seconds) for _, seconds, _ in group.run(take_steps, name, 1, steps))
+    return 1e3 * slowest_s / steps
 
 
 def describe_point(

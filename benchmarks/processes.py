@@ -6,6 +6,7 @@ torch.distributed. A process lives as long as its block; `held` keeps models bet
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import tempfile
@@ -23,6 +24,8 @@ from megatron_ponder.runtime.distributed import shutdown
 
 Held = dict[str, Any]
 """What a process keeps between calls, by name."""
+PRELOADED = "benchmarks.preload"
+"""Imported once, before processes are forked."""
 EXIT_TIMEOUT_S = 30
 
 
@@ -71,7 +74,7 @@ def processes(name: str, size: int = 1, num_threads: int | None = None) -> Itera
     context: Any = multiprocessing.get_context("spawn")
     if not torch.cuda.is_available():  # a fork that imported CUDA's users may not use it
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.preload"])
+        context.set_forkserver_preload([PRELOADED])
     started, connections = [], []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -105,7 +108,7 @@ def _serve(
         os.environ.pop(variable, None)  # of the process that started this one
     if size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    import benchmarks.preload  # noqa: F401  (a spawned process has not imported it)
+    importlib.import_module(PRELOADED)  # a spawned process has not imported it
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)

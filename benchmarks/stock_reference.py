@@ -60,7 +60,8 @@ class StockReference(nn.Module):
         rounds: dict[str, Any] = {}
         if self.takes_rounds:
             rounds["num_jacobi_iterations"] = num_jacobi_iterations
-        return self.model(tokens, labels=labels, shift_labels=labels, **rounds).loss
+        loss: Tensor = self.model(tokens, labels=labels, shift_labels=labels, **rounds).loss
+        return loss
 
     def stock_weights(self, shape: ResolvedModelConfig) -> dict[str, Tensor]:
         """Its weights under the names that checkpoints have.

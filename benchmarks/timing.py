@@ -48,7 +48,7 @@ def time_s(run: Callable[[], object], *, is_best: bool = False) -> float:
     if has_triton_on_cuda():
         from triton.testing import do_bench
 
-        return 1e-3 * do_bench(run, return_mode="min" if is_best else "median")
+        return 1e-3 * float(do_bench(run, return_mode="min" if is_best else "median"))
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     measured = timer.blocked_autorange(min_run_time=MIN_RUN_S)
     return min(measured.times) if is_best else measured.median

@@ -136,7 +136,7 @@ def _measure_sides(
 
 
 def _time_rounds(
-    sides: dict[str, Processes], rounds: dict[str, _Rounds], options: TrainOptions, bar: tqdm
+    sides: dict[str, Processes], rounds: dict[str, _Rounds], options: TrainOptions, bar: "tqdm[Any]"
 ) -> None:
     """Warm-up, then the rounds in turns."""
     for name, side in sides.items():
