@@ -186,7 +186,8 @@ def _mixture_without_gradient_to_embeddings(model: PonderGPTModel) -> None:
 
 def _replicated_gradients_not_summed(model: PonderGPTModel) -> None:
     """Under pipeline parallelism, leave the gradients of the embedding's copy on their stages."""
-    model.add_up_replicated_embedding = lambda: None
+    assert hasattr(model, "all_reduce_replicated_embedding")
+    model.all_reduce_replicated_embedding = lambda: None
 
 
 def _norm_in_every_loop(model: PonderGPTModel) -> None:
