@@ -30,7 +30,7 @@ from tests.mutation.drawing import Mutation, draw
 from tests.mutation.reach import PACKAGE, Reach
 
 ROOT = Path(__file__).parents[2]
-FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", re.MULTILINE)
+FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 STARTED = re.compile(r"^(tests/\S+)", re.MULTILINE)
 NO_FAILURE = (0, 5)
 """pytest's exit codes: all passed; no test was selected."""

@@ -79,6 +79,7 @@ def test_scaling(drawn: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
         low, high = axes.get_ylim()
         assert low == 0.0
         assert max(bar.get_y() + bar.get_height() for bar in bars) <= high
+        assert all(max(line.get_ydata()) <= high for line in axes.lines)
     (row,) = result["rows"]
     shares = by_title["share of a step's time"].patches
     for side in (0, 1):

@@ -89,6 +89,20 @@ def test_memory_falls_with_recomputation_and_with_fewer_gradients() -> None:
     assert activations(jacobi_grad_passes=1) < activations(jacobi_grad_passes=2) < everything
 
 
+def test_the_text_tells_which_passes_have_a_gradient() -> None:
+    run = small_run("llama", "K1", jacobi_grad_passes=1)
+    lines = as_text(plan_run(PlanOptions(world_size=1), run)).splitlines()
+    first = next(number for number, line in enumerate(lines) if "slots/token" in line) + 1
+    rows = [line.split() for line in lines[first : first + 4]]
+    # pass, slots, output slots, gradient
+    assert [row[:4] for row in rows] == [
+        ["1", "1", "0", "no"],
+        ["2", "2", "0", "no"],
+        ["3", "2", "0", "no"],
+        ["4", "2", "1", "yes"],
+    ]
+
+
 def test_random_r_is_planned_for_its_largest() -> None:
     run = small_run("llama", "K1", random_jacobi_iterations=True)
     result = plan_run(PlanOptions(world_size=1), run)
