@@ -8,6 +8,7 @@ torch, so workers are small and start quickly.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -150,7 +151,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     prefix = Path(config.output_prefix)
     places = [Path(f"{prefix}_{stream.name}") for stream in encoder.streams]
     plan = _plan(config, sources, encoder.tokenizer)
-    with opened(prefix) as work:
+    with opened(prefix) as work, _resumable_after_interrupt():
         work.take_up(plan)
         refuse_existing(prefix, places, config.overwrite or work.is_publishing)
         summary = _tokenize(config, sources, encoder.streams, plan["chunk_bytes"], work)
@@ -161,6 +162,15 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         _join(prefix, sources, encoder.streams, plan, summary, work)
         work.remove()
     return summary
+
+
+@contextlib.contextmanager
+def _resumable_after_interrupt() -> Iterator[None]:
+    """Turn Ctrl-C, wherever it arrives, into a message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise DataError("interrupted. Repeat the same command to resume.") from None
 
 
 def _check(config: PreprocessConfig) -> None:

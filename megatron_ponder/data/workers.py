@@ -38,7 +38,7 @@ def tokenizing(
         A function that submits a chunk, to be tokenized into a shard at a path.
 
     Raises:
-        DataError: a worker died or raised this, or the user interrupted.
+        DataError: a worker died or raised this.
     """
     if num_workers == 0:
         encoder = make_encoder()
@@ -58,8 +58,6 @@ def tokenizing(
             "a tokenizing process died (out of memory?). Repeat the same command to resume; give "
             "fewer --workers if memory ran out."
         ) from None
-    except KeyboardInterrupt:
-        raise DataError("interrupted. Repeat the same command to resume.") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

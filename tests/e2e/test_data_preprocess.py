@@ -128,7 +128,7 @@ def test_a_killed_worker_is_told_and_its_work_done_again(
     assert b"a tokenizing process died" in err and b"Traceback" not in err
     again = run(*settings)
     assert again.returncode == 0, again.stderr.decode()
-    assert b"done by an interrupted run" in again.stdout
+    assert b"chunks of an interrupted run" in again.stdout
 
 
 def test_work_resumes_after_ctrl_c(corpus: Path, tokenizer: str, tmp_path: Path) -> None:
@@ -173,11 +173,14 @@ def test_a_pipe_gives_what_the_file_gives(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["--workers", -1], "--workers -1: must be at least 0"),
-        (["--json-keys", "text", "text"], "give each key once"),
+        (["--json-keys", "text", "text"], "each only once"),
         (["--input", "{folder}/c.bin"], "give --input-format"),
         (["--input", "{folder}/c.jsonl.zst"], "damaged zst data"),
         (["--input", "{folder}/c.parquet"], "not a Parquet file"),
-        (["--input-format", "parquet", "--input", "-"], "Parquet needs a file"),
+        (
+            ["--input-format", "parquet", "--input", "-"],
+            "Parquet cannot be read from standard input",
+        ),
         (["--vocab-size", 5], "c.jsonl:1: NullTokenizer: ids must be from 0 to 4"),
         (["--json-keys", "body"], "c.jsonl:1: key 'body' is missing"),
         (["--output-prefix", "{folder}/c.jsonl/out"], "c.jsonl"),

@@ -73,7 +73,7 @@ def test_interrupted_resumed_and_run_again(tmp_path: Path) -> None:
 
     output = finish(start(folder))
     assert "skipped" in output and "Traceback" not in output
-    begun = re.search(r"going on from the checkpoint of iteration (\d+)", output)
+    begun = re.search(r"resuming from the checkpoint of iteration (\d+)", output)
     assert begun and int(begun[1]) >= 10
     for name in ("vanilla", "ponderlm2"):
         lines = (folder / name / "metrics.jsonl").read_text().splitlines()

@@ -30,8 +30,8 @@ FP32 = {
     *("log_sums", "gradients", "table", "means", "inverses", "pieces", "d_parameters", "d_biases"),
 }
 SCALARS = set(
-    "num_rows row_stride num_columns num_padded_columns batch stages first num_kept hidden width "
-    "num_positions rows_each num_groups heads_each head_dim half num_table_rows table_batch "
+    "num_rows row_stride num_columns num_padded_columns batch slots_per_token first num_kept "
+    "hidden width num_positions rows_each num_groups heads_each head_dim half num_table_rows table_batch "
     "query_slot query_batch query_head key_slot key_batch key_head value_slot value_batch "
     "value_head".split()
 )
@@ -86,7 +86,7 @@ KERNELS = {
 }
 TENSORS_DESPITE_THEIR_NAME = {"norm": {"hidden"}}
 FP32_IN = {"cross_entropy": {"out"}}
-ONES = ("batch", "stages", "num_kept", "num_groups", "half", "table_batch")
+ONES = ("batch", "slots_per_token", "num_kept", "num_groups", "half", "table_batch")
 
 
 def signature(kernel, constants: dict, element: str) -> dict[str, str]:
