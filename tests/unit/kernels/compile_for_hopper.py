@@ -32,8 +32,8 @@ FP32 = {
 SCALARS = set(
     "num_rows row_stride num_columns num_padded_columns batch slots_per_token first num_kept "
     "hidden width num_positions rows_each num_groups heads_each head_dim half num_table_rows "
-    "table_batch query_slot query_batch query_head key_slot key_batch key_head value_slot value_batch "
-    "value_head".split()
+    "table_batch query_slot query_batch query_head key_slot key_batch key_head value_slot "
+    "value_batch value_head".split()
 )
 FLOATS = {"scale", "eps"}
 GELU = [
