@@ -126,7 +126,7 @@ def campaign(options: argparse.Namespace) -> None:
 
 
 def report(path: Path) -> str:
-    """The record as a Markdown table."""
+    """The record as a Markdown table; a `note` written into it by hand stands behind "survived"."""
     records = sorted(read(path), key=lambda record: record["number"])
     killed = sum(record["killed_by"] is not None for record in records)
     lines = [f"{killed} of {len(records)} are killed.", ""]
@@ -134,7 +134,8 @@ def report(path: Path) -> str:
     for record in records:
         change = " ".join(f"`{line[0]} {line[1:].strip()}`" for line in record["diff"])
         place = f"{record['path'].removeprefix(PACKAGE + '/')}, {record['line']}"
-        killed_by = (record["killed_by"] or "**survived**").removeprefix("tests/")
+        verdict = record["killed_by"] or f"**survived** {record.get('note', '')}"
+        killed_by = verdict.strip().removeprefix("tests/")
         cells = (str(record["number"]), place, record["operator"].removeprefix("core/"), change)
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in (*cells, killed_by)) + " |")
     return "\n".join(lines) + "\n"
