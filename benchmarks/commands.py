@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from megatron_ponder.config.schema import RunConfig, TokenizerType
 from megatron_ponder.errors import ConfigError
+from megatron_ponder.files import write_json
 
 Variable = Literal[
     "thoughts",
@@ -252,11 +253,9 @@ def run_command(
         PonderError: the settings cannot work.
     """
     module = importlib.import_module(f"benchmarks.{name}")
-    from benchmarks.report import write_json
-
     result = module.measure(options, config)
     if options.record:
-        write_json(result, Path(options.record))
+        write_json(Path(options.record), result)
     if isinstance(options, TrainOptions | CurvesOptions) and options.plot:
         module.draw(result, Path(options.plot))
     return result, module.as_text(result)

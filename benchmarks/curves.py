@@ -35,6 +35,7 @@ from megatron_ponder import log
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
+from megatron_ponder.figures import save_png
 
 PROFILED_STEPS = 2
 """Approximate cost of a step whose memory is measured, in steps."""
@@ -254,7 +255,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A panel for each variable, as a PNG."""
-    figure, panels = report.new_figure(len(result["curves"]))
+    figure, panels = report.new_panels(len(result["curves"]))
     for axes, (variable, points) in zip(panels, result["curves"].items(), strict=True):
         if points:
             _draw_curve(axes, variable, points)
@@ -271,7 +272,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False)
-    report.save_png(figure, path)
+    save_png(figure, path)
 
 
 def _draw_curve(axes: Axes, variable: str, points: Sequence[dict[str, Any]]) -> None:

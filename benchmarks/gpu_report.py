@@ -29,9 +29,11 @@ from benchmarks.gpu_commands import (
     Step,
     build_steps,
 )
-from benchmarks.report import new_figure, published, save_png, table, write_json
+from benchmarks.report import new_panels, table
 from megatron_ponder.config.presets import PRESETS
 from megatron_ponder.errors import BackendError, ConfigError
+from megatron_ponder.figures import save_png
+from megatron_ponder.files import write_json, write_text
 
 logger = logging.getLogger("megatron_ponder.gpu_report")
 
@@ -132,7 +134,7 @@ def run_steps(steps: list[Step], folder: Path, device: str, budget_minutes: floa
             logger.info("%s: about %.1f min; %.1f min left", name, step.minutes, left)
             limit = min(left, PATIENCE * step.minutes + START_MINUTES)
             status = _run_step(step, folder, time.monotonic() + 60 * limit) | {"device": device}
-            write_json(status, folder / f"parts/{step.name}.status")
+            write_json(folder / f"parts/{step.name}.status", status)
             logger.info("    %s in %.1f min", status["status"], status["minutes"])
         write_report(folder)
     logger.info("report: %s", folder / "report.md")
@@ -204,7 +206,7 @@ def write_report(folder: Path) -> None:
     }
     runs = training_runs(records)
     targets = list(check_targets(runs))
-    write_json({"targets": targets, "runs": runs, "records": records}, folder / "report.json")
+    write_json(folder / "report.json", {"targets": targets, "runs": runs, "records": records})
     ends = [
         (name, *(s[k] for k in ("status", "minutes", "device"))) for name, s in statuses.items()
     ]
@@ -224,8 +226,7 @@ def write_report(folder: Path) -> None:
             text += "\n".join(errors.splitlines()[-STDERR_LINES:])
         sections[f"{name}: {status['status']}"] = text
     parts = [f"## {title}\n\n```\n{text}\n```\n" for title, text in sections.items()]
-    with published(folder / "report.md") as unfinished:
-        unfinished.write_text("\n".join(["# GPU report\n", *parts]))
+    write_text(folder / "report.md", "\n".join(["# GPU report\n", *parts]))
 
 
 def training_runs(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -286,7 +287,7 @@ def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Bars of MFU, or of tokens/s over the reference's where it is unknown; lines are targets."""
     key, what = ("mfu", MFU) if any(run["mfu"] for run in runs) else ("speedup", SPEEDUP)
     models = sorted({run["model"] for run in runs})
-    figure, panels = new_figure(len(models))
+    figure, panels = new_panels(len(models))
     for axes, model in zip(panels, models, strict=True):
         bars = {run["backend"]: run[key] or 0.0 for run in runs if run["model"] == model}
         axes.bar(list(bars), list(bars.values()), color="#d97706")

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.processes import Held
-from benchmarks.report import published
 from benchmarks.timing import synchronize_device
+from megatron_ponder.files import published
 from megatron_ponder.train.step import TrainingState
 
 MCORE_PHASES = {"forward-compute": "forward", "backward-compute": "backward"}

@@ -1,26 +1,23 @@
-"""What every benchmark shares: the machine, tables, figures, and files that appear complete.
+"""What every benchmark shares: the machine, tables and panels of figures.
 
 A result is a dictionary that JSON can hold. Its text is a heading, then tables.
 """
 
-import contextlib
 import datetime
 import importlib.metadata
-import json
-import os
 import platform
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.figures import new_figure
 from megatron_ponder.runtime.device import device
+from megatron_ponder.tables import text_table
 
 
 def environment(config: ResolvedConfig) -> dict[str, Any]:
@@ -56,12 +53,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         header: names of the columns.
         rows: cells; a float is written with four digits, None as a dash.
     """
-    lines = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return "\n".join(text_table(header, [[_cell(value) for value in row] for row in rows]))
 
 
 def _cell(value: object) -> str:
@@ -88,29 +80,11 @@ def spread_text(ratio: dict[str, float]) -> str:
     )
 
 
-@contextlib.contextmanager
-def published(path: Path) -> Iterator[Path]:
-    """A path to write to; when the block ends, the file is flushed to disk and gets its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")  # keeps the suffix, which may decide the format
-    yield unfinished
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write a result."""
-    with published(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-
-
-def new_figure(num_panels: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def new_panels(num_panels: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
     """A figure of equal panels, row by row."""
     columns = min(columns, num_panels)
     rows = -(-num_panels // columns)
-    size = (4.4 * columns, 0.8 + 3.1 * rows)
-    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
+    figure = new_figure(4.4 * columns, 0.8 + 3.1 * rows, dpi=110)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.grid(color="#e5e7eb")
@@ -119,9 +93,3 @@ def new_figure(num_panels: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
     for axes in panels[num_panels:]:
         axes.set_visible(False)
     return figure, panels[:num_panels]
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure."""
-    with published(path) as unfinished:
-        FigureCanvasAgg(figure).print_png(unfinished)

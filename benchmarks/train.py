@@ -30,6 +30,7 @@ from megatron_ponder import log
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import CheckpointConfig, RunConfig
+from megatron_ponder.figures import save_png
 from megatron_ponder.model.size import forward_flops
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.training_plan import training_plan
@@ -226,7 +227,7 @@ def as_text(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Memory and time of a step over R, as a PNG."""
     r = [row["num_jacobi_iterations"] for row in result["by_r"]]
-    figure, panels = report.new_figure(2)
+    figure, panels = report.new_panels(2)
     for axes, key, label in (
         (panels[0], "step_memory_gib", "memory of a step (GiB)"),
         (panels[1], "ms_per_step", "time of a step (ms)"),
@@ -234,4 +235,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.plot(r, [row[key] for row in result["by_r"]], marker="o", color="#d97706")
         axes.set(xlabel="Jacobi iterations R", ylabel=label, xticks=r)
         axes.set_ylim(bottom=0)
-    report.save_png(figure, path)
+    save_png(figure, path)

@@ -1,10 +1,11 @@
 """Figures of reports: how they look, and how they are written."""
 
-import os
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from megatron_ponder.files import published
 
 
 def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
@@ -19,11 +20,6 @@ def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure to a temporary file and rename it; missing folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    """Publish a figure as a PNG."""
+    with published(path) as unfinished:
+        FigureCanvasAgg(figure).print_png(unfinished)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ponder.errors import DataError
+from megatron_ponder.files import write_text
 
 SKIPPED_FOLDERS = frozenset(
     # installed packages, caches, tests, and generated codec tables
@@ -113,9 +114,7 @@ def write_corpus(train: Path, held_out: Path, library: Path) -> dict[str, int]:
     for name, path in (("train", train), ("held_out", held_out)):
         lines = [json.dumps(d, ensure_ascii=False, sort_keys=True) + "\n" for d in splits[name]]
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        unfinished.replace(path)
+        write_text(path, "".join(lines))
         sizes[f"{name}_documents"] = len(lines)
         sizes[f"{name}_bytes"] = sum(len(d["text"].encode()) for d in splits[name])
     return sizes

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from training import read_metrics
 
 from megatron_ponder.checkpoint.storage import choose_iteration, iteration_folder
 from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.figures import save_png
+from megatron_ponder.files import write_text
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.ponder.method import load_method
 from megatron_ponder.ponder.training_plan import jacobi_iterations, training_plan
@@ -154,9 +155,7 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
             axis.grid(color="#e5e7eb", linewidth=0.8, which="major")
             axis.set_axisbelow(True)
         axes[0].legend(frameon=False, loc="upper right")
-        unfinished = path.with_name(f".{path.name}")
-        FigureCanvasAgg(figure).print_png(unfinished)
-    unfinished.replace(path)
+        save_png(figure, path)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -233,9 +232,7 @@ def write_report(
         )
         samples.append((f"{name} in transformers", there["sample"]))
     parts += [f"--- sample of {name}\n{sample.rstrip()}" for name, sample in samples]
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, "\n\n".join(parts) + "\n")
 
 
 def _loss_limits(results: Sequence[Result]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from workflow import Step
 
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.errors import PonderError
+from megatron_ponder.files import write_text
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[1] / "tools"
@@ -284,14 +285,14 @@ class Quickstart:
     def _evaluate(self, arguments: Sequence[str], output: Path) -> str:
         """Run tools/evaluate.py and store its output."""
         text = self._tool(output.stem, arguments)
-        _write(output, text)
+        write_text(output, text)
         result = json.loads(text)
         return f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}"
 
     def _generate(self, arguments: Sequence[str], output: Path) -> str:
         """Run tools/generate.py and store its output."""
         text = self._tool(output.stem, arguments)
-        _write(output, text)
+        write_text(output, text)
         return f"{len(text.split())} words"
 
     def _export(self, contestant: Contestant) -> str:
@@ -357,10 +358,3 @@ def _sizes(sizes: dict[str, int]) -> str:
         f"{sizes[f'{split}_documents']:,} documents ({sizes[f'{split}_bytes'] / 1e6:.1f} MB) {use}"
         for split, use in (("train", "for training"), ("held_out", "held out"))
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

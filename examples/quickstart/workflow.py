@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ponder.errors import PonderError
+from megatron_ponder.files import write_json
 
 STAMPS = "stamps"
 LOCK_TIMEOUT_S = 60.0
@@ -162,9 +163,7 @@ class Workflow:
     def _write(self, step: Step, stamp: _Stamp) -> None:
         """Replace the step's stamp."""
         path = self._stamp_path(step)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(dataclasses.asdict(stamp), indent=1) + "\n")
-        unfinished.replace(path)
+        write_json(path, dataclasses.asdict(stamp))
 
     def _stamp_path(self, step: Step) -> Path:
         """Path of the step's stamp."""

@@ -14,13 +14,13 @@ a good one before any rank starts to load. Imports no torch.
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ponder.errors import CheckpointError
+from megatron_ponder.files import write_text
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
@@ -105,16 +105,6 @@ def publish(folder: Path, iteration: int) -> Path:
     shutil.rmtree(replaced, ignore_errors=True)
     write_text(folder / LATEST_FILE, f"{iteration}\n")
     return final
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or absent, also after a power failure."""
-    pending = path.with_name(f".{path.name}.unfinished")
-    with pending.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pending, path)
 
 
 def prune(folder: Path, newest: int, keep: int | None) -> list[int]:

@@ -21,12 +21,13 @@ from megatron_ponder.config.resolve import restore
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import CheckpointError, ConfigError
+from megatron_ponder.files import write_text
 
 
 def write_configs(folder: Path, config: ResolvedConfig) -> None:
     """Write both files into the folder of an unfinished checkpoint."""
-    storage.write_text(folder / storage.CONFIG_FILE, dump_yaml(config.given))
-    storage.write_text(folder / storage.RESOLVED_CONFIG_FILE, dump_yaml(config))
+    write_text(folder / storage.CONFIG_FILE, dump_yaml(config.given))
+    write_text(folder / storage.RESOLVED_CONFIG_FILE, dump_yaml(config))
 
 
 def read_config(checkpoint: Path) -> ResolvedConfig:

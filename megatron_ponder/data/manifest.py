@@ -12,7 +12,6 @@ Two runs on the same input write identical manifests.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,6 @@ HASH_BYTES = 1 << 22
 def manifest_file(prefix: str | Path) -> Path:
     """PREFIX.manifest.json."""
     return Path(f"{prefix}{SUFFIX}")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def find_manifest(dataset: str | Path) -> tuple[Path, dict[str, Any]] | None:

@@ -16,8 +16,9 @@ import numpy
 
 from megatron_ponder import log
 from megatron_ponder.data.indexed import IndexPart, data_file, index_file, write_index
-from megatron_ponder.data.manifest import hash_file, manifest_file, write_json
+from megatron_ponder.data.manifest import hash_file, manifest_file
 from megatron_ponder.errors import DataError
+from megatron_ponder.files import write_json
 
 
 class DatasetPart(IndexPart, Protocol):

@@ -8,7 +8,6 @@ recognises the end token once it has loaded the folder. Not covered: chat templa
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from megatron_ponder.errors import DataError
+from megatron_ponder.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
             min(len(texts), MAX_TEXTS_COMPARED),
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "tokenizer.json", exported.to_str())
+    write_text(folder / "tokenizer.json", exported.to_str())
     end = model.id_to_piece(model.eos_id())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -72,7 +72,7 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
         "unk_token": model.id_to_piece(model.unk_id()),
         "clean_up_tokenization_spaces": False,
     }
-    _write(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 
 
 def to_tokenizers(model: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
@@ -143,10 +143,3 @@ def _merges(
             if piece[:i] in numbers and piece[i:] in numbers
         )
         yield from sorted(splits, key=lambda pair: (numbers[pair[0]], numbers[pair[1]]))
-
-
-def _write(path: Path, content: str) -> None:
-    """Write a file atomically."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, path)

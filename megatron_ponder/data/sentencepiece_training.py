@@ -27,6 +27,7 @@ from megatron_ponder.data.readers import (
 from megatron_ponder.data.sentencepiece_export import export_tokenizer
 from megatron_ponder.data.sources import Source, find_inputs, total_bytes
 from megatron_ponder.errors import DataError
+from megatron_ponder.files import published
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +119,8 @@ def train_sentencepiece(config: TokenizerTrainingConfig) -> None:
             f"SentencePiece cannot train {config.vocab_size} pieces: {error}. Give more text or a "
             "smaller --vocab-size."
         ) from None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, output)
+    with published(output) as unfinished:
+        unfinished.write_bytes(model.getvalue())
     if exported is not None:
         export_tokenizer(output, exported.parent, texts)
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_ponder.data.manifest import write_json
 from megatron_ponder.errors import DataError
+from megatron_ponder.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import BackendError
+from megatron_ponder.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 Record = dict[str, Any]
@@ -67,9 +67,7 @@ class JsonLines:
         """Open `path` for appending, after dropping records beyond `iteration`."""
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _is_kept(line, iteration)]
-            pending = path.with_name(f".{path.name}.unfinished")
-            pending.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(pending, path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:

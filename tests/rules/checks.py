@@ -8,7 +8,7 @@ from tests.rules.sources import PACKAGE, Source, imported_modules
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors log config figures tables",
+        "errors log config files figures tables",
         "runtime",
         "kernels",
         "ponder data",
@@ -25,6 +25,7 @@ SIBLINGS = frozenset(
     {
         ("config", "errors"),
         ("log", "errors"),
+        ("figures", "files"),
         ("inference", "checkpoint"),
         ("convert", "checkpoint"),
     }
