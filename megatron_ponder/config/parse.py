@@ -60,8 +60,8 @@ def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -
     config_path, preset = _sources(argv)
     from_yaml = _read_yaml(config_path) if config_path else {}
     stated_preset = from_yaml.pop("preset", None)
-    preset = preset or stated_preset
-    tokens = _preset_tokens(preset) if preset else []
+    preset = stated_preset if preset is None else preset
+    tokens = [] if preset is None else _preset_tokens(preset)
     if config_path:
         tokens += _checked_tokens(from_yaml, config_path)
     return _parse([*tokens, *argv], prog, description)
@@ -116,26 +116,49 @@ def _sources(argv: Sequence[str]) -> tuple[str | None, str | None]:
     return values["--config"], values["--preset"]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping states twice; YAML's last value would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        keys = [key.replace("-", "_") for key in keys]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is stated twice; keep one of the two", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     """The settings in a YAML file, by name with underscores."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"--config {path}: not valid YAML: nested too deeply.") from None
+    # PyYAML lets errors of int(), float() and date() through, and an AttributeError for !!timestamp
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: must be a mapping from settings to values.")
+    for key, value in content.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict | list | set | bytes):
+                raise ConfigError(f"--config {path}: {key}: must be a value or a list of values.")
+            if isinstance(each, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in each):
+                raise ConfigError(f"--config {path}: {key}: has a character that no setting takes.")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
-def _preset_tokens(name: str) -> list[str]:
+def _preset_tokens(name: object) -> list[str]:
     """The flags that a preset stands for."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
-            f"--preset {name}: no such preset.{_did_you_mean(name, PRESETS)} "
+            f"--preset {name}: no such preset.{_did_you_mean(str(name), PRESETS)} "
             f"Known: {', '.join(PRESETS)}."
         )
     return [token for key, value in PRESETS[name].items() for token in _tokens(key, value)]

@@ -12,8 +12,10 @@ from docstring_parser import parse_from_object
 
 from megatron_ponder.config.parse import config_from_flat_dict, dump_yaml, parse_args
 from megatron_ponder.config.presets import PRESETS
+from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
+from tests.fuzz import damaged_bytes, damaged_value, survive
 
 
 def parse(*argv: str) -> RunConfig:
@@ -79,6 +81,16 @@ def test_presets_parse(preset: str) -> None:
         ("preset: llama-9", ["no such preset", "llama-410m"]),
         ("- a\n- b", ["must be a mapping"]),
         ("a: [", ["not valid YAML"]),
+        ("preset: [1]", ["--preset [1]: no such preset"]),
+        ("preset: ''", ["no such preset"]),
+        ("data_path: [[a]]", ["data_path: must be a value or a list of values"]),
+        ("save: {a: b}", ["save: must be a value or a list of values"]),
+        ("num_layers: 4\nnum-layers: 8", ["num_layers is stated twice"]),
+        ("[" * 3000, ["nested too deeply"]),
+        ("lr: " + "9" * 5000, ["not valid YAML"]),
+        ("lr: !!timestamp x", ["not valid YAML"]),
+        ("lr: 2026-13-45", ["not valid YAML"]),
+        ('save: "\\0"', ["save: has a character that no setting takes"]),
     ],
 )
 def test_what_yaml_cannot_say(text: str, expected: list[str], tmp_path: Path) -> None:
@@ -87,6 +99,29 @@ def test_what_yaml_cannot_say(text: str, expected: list[str], tmp_path: Path) ->
         parse("--config", path)
     for part in expected:
         assert part in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["bytes", "values"])
+def test_damaged_yaml_is_read_or_refused(damage: str, tmp_path: Path) -> None:
+    settings = {
+        "preset": "llama-410m", "num_layers": 12, "data_path": [0.5, "a", 0.5, "b"],
+        "lr": 1e-3, "bf16": True, "min_lr": None, "vocab_size": 1000,
+    }  # fmt: skip
+    text = yaml.safe_dump(settings, sort_keys=False).encode()
+    path = tmp_path / "run.yaml"
+
+    def read(content: object) -> None:
+        if not isinstance(content, bytes):
+            content = yaml.safe_dump(content, sort_keys=False).encode("utf-8", "surrogatepass")
+        path.write_bytes(content)
+        resolve(parse("--config", str(path)), world_size=1)
+
+    if damage == "bytes":
+        found = survive(read, lambda draw: damaged_bytes(text, draw), seed=4)
+    else:
+        found = survive(read, lambda draw: damaged_value(settings, draw), seed=5)
+    assert found["read"] > 10 and found["refused"] > 100
 
 
 def test_a_missing_file_is_named() -> None:
