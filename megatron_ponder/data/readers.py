@@ -26,7 +26,6 @@ SUFFIXES = {
     "parquet": (".parquet",),
 }
 DEFAULT_MAX_DOCUMENT_BYTES = 64 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROWS_AT_ONCE = 64
 
 
@@ -118,7 +117,8 @@ def read_segments(source: Source, options: ReadOptions) -> Iterator[Segment]:
         case "parquet":
             yield from _read_table(source, options.keys)
         case "jsonl":
-            yield from _read_lines(source, options.max_document_bytes)
+            pieces = source.text_pieces(is_json_lines=True)
+            yield from _read_lines(source, pieces, options.max_document_bytes)
         case "text" if options.split_paragraphs:
             yield from _read_paragraphs(source, options.max_document_bytes)
         case _:
@@ -147,15 +147,15 @@ def format_of(source: Source, input_format: InputFormat) -> str:
     )
 
 
-def _read_lines(source: Source, max_document_bytes: int) -> Iterator[Segment]:
+def _read_lines(
+    source: Source, pieces: Iterator[bytes], max_document_bytes: int
+) -> Iterator[Segment]:
     """Blocks of whole lines. A line over the limit is dropped and becomes a segment too_long."""
     begun: list[bytes] = []  # start of a line that continues in the next piece
     size = 0
     line = 1
     is_dropped = False
-    for number, piece in enumerate(source.pieces()):
-        if number == 0:
-            piece = piece.removeprefix(BYTE_ORDER_MARK)
+    for piece in pieces:
         end = piece.rfind(b"\n") + 1
         if end:
             if is_dropped:
@@ -190,7 +190,7 @@ def _read_paragraphs(source: Source, max_document_bytes: int) -> Iterator[Segmen
         elif block:
             yield Segment("text", source.name, first, b"".join(block))
 
-    for segment in _read_lines(source, max_document_bytes):
+    for segment in _read_lines(source, source.text_pieces(), max_document_bytes):
         if segment.kind == "too_long":
             is_dropped, first = True, first or segment.first_line
             continue
@@ -214,7 +214,7 @@ def _read_whole(source: Source, max_document_bytes: int) -> Segment:
     """The file as one document. Over the limit it is read only for its digest and dropped."""
     kept: list[bytes] = []
     size = 0
-    for piece in source.pieces():
+    for piece in source.text_pieces():
         size += len(piece)
         if size > max_document_bytes:
             kept.clear()
@@ -230,7 +230,11 @@ def _read_table(source: Source, keys: tuple[str, ...]) -> Iterator[Segment]:
     source.hash_all()
     try:
         with contextlib.closing(pyarrow.parquet.ParquetFile(source.path)) as table:
-            present = [key for key in keys if key in table.schema_arrow.names]
+            names = table.schema_arrow.names
+            present = [key for key in keys if key in names]
+            for key in present:
+                if names.count(key) > 1:
+                    raise source.error(f"has {names.count(key)} columns named {key}; rename them")
             num_rows = table.metadata.num_rows
             if not present:
                 yield from _rows_without_text(source, num_rows)
@@ -260,10 +264,11 @@ def _rows_without_text(source: Source, num_rows: int) -> Iterator[Segment]:
 
 def _text_of(column: pyarrow.Array) -> list[Any]:
     """A column's values as stored in `Row`."""
-    kind = column.type
-    if pyarrow.types.is_dictionary(kind):
+    if isinstance(column, pyarrow.ExtensionArray):  # for example arrow.json
+        column = column.storage
+    if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-        kind = column.type
+    kind = column.type
     if any(is_text(kind) for is_text in _TEXT_TYPES):
         values: list[Any] = column.cast(pyarrow.large_binary()).to_pylist()
         return values
@@ -273,6 +278,8 @@ def _text_of(column: pyarrow.Array) -> list[Any]:
 _TEXT_TYPES = (
     pyarrow.types.is_string,
     pyarrow.types.is_large_string,
+    pyarrow.types.is_string_view,
     pyarrow.types.is_binary,
     pyarrow.types.is_large_binary,
+    pyarrow.types.is_binary_view,
 )

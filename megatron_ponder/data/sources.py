@@ -11,7 +11,10 @@ import dataclasses
 import glob
 import hashlib
 import io
+import itertools
+import logging
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +25,42 @@ import pyarrow
 
 from megatron_ponder.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 STDIN = Path("-")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PIECE_BYTES = 1 << 20
 """Bytes read, or decompressed, at once."""
-MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
+MAGIC = {
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+    ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    ".xz": re.compile(rb"\xfd7zXZ\0"),
+}
 """Suffixes of compressed files and their first bytes."""
+HEAD_BYTES = 64
+"""First bytes of a file, by which it is recognised."""
+NAMES_SHOWN = 20
+
+_NOT_TEXT = (
+    *(
+        (magic, f"{end[1:]} data", f"give its name the suffix {end}")
+        for end, magic in MAGIC.items()
+    ),
+    (re.compile(rb"PAR1\x15"), "a Parquet table", "give --input-format parquet"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive", "unpack it"),
+    (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"), "UTF-32", "convert it: iconv -f UTF-32 -t UTF-8"),
+    (
+        re.compile(rb"\xff\xfe|\xfe\xff|([^\0]\0){4}|(\0[^\0]){4}"),
+        "UTF-16",
+        "convert it: iconv -f UTF-16 -t UTF-8",
+    ),
+)
+_NOT_LINES = (
+    (re.compile(rb"\s*\["), "a JSON array", "write one object per line: jq -c '.[]'"),
+    (re.compile(rb"\s*{\s*\n"), "JSON over several lines", "write one object per line: jq -c ."),
+)
+"""First bytes of a file that is no UTF-8 text, or no JSON Lines: what it is, and what to do."""
 
 
 @dataclasses.dataclass
@@ -56,15 +90,31 @@ class Source:
         Raises:
             DataError: the file cannot be read, or its compression is damaged.
         """
-        raw = self._raw_pieces()
-        if self.path != STDIN:
+        head, raw = _with_head(self._raw_pieces())
+        if self.path == STDIN:
+            suffix = next((s for s, magic in MAGIC.items() if magic.match(head)), "")
+        else:
             suffix = self.path.suffix.lower()
-            yield from self._decompressed(raw, suffix) if suffix in MAGIC else raw
-            return
-        first = next(raw, b"")
-        suffix = next((s for s, magic in MAGIC.items() if first.startswith(magic)), "")
-        chained = _chain(first, raw)
-        yield from self._decompressed(chained, suffix) if suffix else chained
+        if suffix in MAGIC:
+            yield from self._decompressed(head, raw, suffix)
+        else:
+            yield from raw
+
+    def text_pieces(self, is_json_lines: bool = False) -> Iterator[bytes]:
+        """`pieces` of a file of UTF-8 text, without a byte order mark.
+
+        Raises:
+            DataError: also if the file begins like one of another kind.
+        """
+        head, pieces = _with_head(self.pieces())
+        num_skipped = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
+        for begin, what, remedy in (*_NOT_TEXT, *(_NOT_LINES if is_json_lines else ())):
+            if begin.match(head, num_skipped):
+                raise self.error(f"its content is {what}; {remedy}")
+        for piece in pieces:
+            if rest := piece[num_skipped:]:
+                yield rest
+            num_skipped = max(num_skipped - len(piece), 0)
 
     def hash_all(self) -> None:
         """Read the file only for its size and digest."""
@@ -91,7 +141,7 @@ class Source:
             return contextlib.nullcontext(sys.stdin.buffer)
         return self.path.open("rb")
 
-    def _decompressed(self, raw: Iterator[bytes], suffix: str) -> Iterator[bytes]:
+    def _decompressed(self, head: bytes, raw: Iterator[bytes], suffix: str) -> Iterator[bytes]:
         """The content of one or more concatenated compressed streams."""
         name = suffix[1:]
         try:
@@ -99,6 +149,10 @@ class Source:
         except EOFError:
             raise self.error(f"its {name} data ends early; copy or download it again") from None
         except (zlib.error, lzma.LZMAError, OSError) as error:
+            if not MAGIC[suffix].match(head):
+                raise self.error(
+                    f"its content is not {name} data, as its name says; give it another suffix"
+                ) from None
             raise self.error(f"damaged {name} data ({error}); copy or download it again") from None
 
 
@@ -115,11 +169,19 @@ def _unpack(raw: Iterator[bytes], suffix: str) -> Iterator[bytes]:
     """Decompress with Python's modules, which all have `eof` and `unused_data`."""
     decompressor: Any = None
     is_first = True
+    num_padding = 0
     for piece in raw:
         while piece:
             if decompressor is None:
-                if not is_first and suffix == ".gz" and not (piece := piece.lstrip(b"\0")):
-                    break  # gzip allows trailing zeros, for tapes
+                if not is_first and suffix in (".gz", ".xz"):
+                    # gzip allows zeros behind a stream, for tapes; xz allows a multiple of 4.
+                    stripped = piece.lstrip(b"\0")
+                    num_padding += len(piece) - len(stripped)
+                    piece = stripped
+                    if not piece:
+                        break
+                    _check_padding(num_padding, suffix)
+                    num_padding = 0
                 decompressor = DECOMPRESSORS[suffix]()
             is_first = False
             yield from _outputs(decompressor, piece)
@@ -128,6 +190,12 @@ def _unpack(raw: Iterator[bytes], suffix: str) -> Iterator[bytes]:
                 decompressor = None
     if decompressor is not None or is_first:
         raise EOFError
+    _check_padding(num_padding, suffix)
+
+
+def _check_padding(num_bytes: int, suffix: str) -> None:
+    if suffix == ".xz" and num_bytes % 4:
+        raise lzma.LZMAError(f"padding of {num_bytes} bytes, which is not a multiple of 4")
 
 
 class _PiecesFile(io.RawIOBase):
@@ -164,29 +232,56 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """Expand folders (every file below, sorted) and globs into files, in order; "-" is stdin.
 
+    Names that begin with a dot are left out unless given as such: they are copies made by editors,
+    notebooks and downloads. What a folder or glob stands for is logged.
+
     Raises:
-        DataError: an entry matches no file, or standard input is given twice.
+        DataError: an entry matches no file, or a file is given twice.
     """
     files: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path == STDIN:
-            found = [STDIN]
-        elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file())
-        elif path.is_file():
-            found = [path]
+        if path == STDIN or path.is_file():
+            files.append(path)
+            continue
+        if path.is_dir():
+            every = sorted(p for p in path.rglob("*") if p.is_file())
+            found = [p for p in every if not _is_hidden(p.relative_to(path))]
         else:
-            found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
-            found = [p for p in found if p.is_file()]
+            every = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+            found = every = [p for p in every if p.is_file()]
+        num_hidden = len(every) - len(found)
         if not found:
+            hidden = f", except {num_hidden} hidden (name them to read them)" if num_hidden else ""
             raise DataError(
-                f"--input {pattern}: no such file, and nothing matches it as a pattern."
+                f"--input {pattern}: no such file, and nothing matches it as a pattern{hidden}."
             )
+        names = ", ".join(map(str, found[:NAMES_SHOWN]))
+        more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+        left_out = f"; {num_hidden} hidden left out" if num_hidden else ""
+        logger.info("%s: %d files: %s%s%s", pattern, len(found), names, more, left_out)
         files += found
+    _refuse_repeated(files)
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _refuse_repeated(files: Sequence[Path]) -> None:
+    """Refuse a file that would be read twice, by whatever names."""
     if files.count(STDIN) > 1:
         raise DataError("--input - can be given once only: standard input is read once.")
-    return files
+    seen: dict[Path, Path] = {}
+    for file in files:
+        first = seen.setdefault(file.resolve(), file)
+        if first is not file:
+            also = "" if first == file else f", also as {first}"
+            raise DataError(
+                f"--input: {file} is given twice{also}, so its documents would be read twice. Give "
+                "each file once."
+            )
 
 
 def total_bytes(files: Sequence[Path]) -> int | None:
@@ -209,8 +304,11 @@ def _outputs(decompressor: Any, data: bytes) -> Iterator[bytes]:
             return
 
 
-def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """Put a piece back in front of the rest."""
-    if first:
-        yield first
-    yield from rest
+def _with_head(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first bytes, and all pieces."""
+    first: list[bytes] = []
+    for piece in pieces:
+        first.append(piece)
+        if sum(map(len, first)) >= HEAD_BYTES:
+            break
+    return b"".join(first)[:HEAD_BYTES], itertools.chain(first, pieces)

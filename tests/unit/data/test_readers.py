@@ -1,6 +1,9 @@
 """Documents from files: which, in what order, and a place for every fault."""
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,34 @@ def test_a_fault_is_told_with_file_line_and_reason(
     assert f"{file}:3: " in str(error.value) and reason in str(error.value)
 
 
+def test_hidden_copies_are_no_documents_unless_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "b/.c.txt", ".d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with caplog.at_level("INFO"):
+        assert find_inputs([str(tmp_path)]) == [tmp_path / "a.txt"]
+    assert f"1 files: {tmp_path / 'a.txt'}; 3 hidden left out" in caplog.text
+    assert find_inputs([str(tmp_path / ".d.txt")]) == [tmp_path / ".d.txt"]
+    with pytest.raises(DataError, match="except 1 hidden"):
+        find_inputs([str(tmp_path / "b")])
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    file, link = tmp_path / "a.txt", tmp_path / "b.txt"
+    file.write_text("a")
+    link.symlink_to(file)
+    for patterns in (
+        [file, file],
+        [file, tmp_path],
+        [tmp_path / "*.txt"],
+        [f"{tmp_path}/./a.txt", file],
+    ):
+        with pytest.raises(DataError, match=r"a.txt is given twice|b.txt is given twice, also as"):
+            find_inputs([str(pattern) for pattern in patterns])
+
+
 def test_inputs_that_are_not_there_or_of_unknown_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file, and nothing matches"):
         find_inputs([str(tmp_path / "*.txt")])
@@ -124,10 +155,48 @@ def test_long_paragraphs_and_texts_are_told(
     assert places(file) == [(1, b"a" * 20)]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
-    assert read(file) == [["one"]]
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.txt"):
+        file = tmp_path / name
+        text = b"one" if name == "a.txt" else b'{"text": "one"}'
+        file.write_bytes(b"\xef\xbb\xbf" + text)
+        assert read(file) == [["one"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "gz data; give its name the suffix .gz"),
+        ("a.txt", lzma.compress(b"x"), "xz data"),
+        ("a.txt", bz2.compress(b""), "bz2 data"),
+        ("a.jsonl", pyarrow.compress(b"x", "zstd", asbytes=True), "zst data"),
+        ("a.txt.gz", b"plain", "not gz data"),
+        ("a.txt", "h\u00e9llo there".encode("utf-16"), "UTF-16; convert it: iconv"),
+        ("a.txt", "hello there".encode("utf-16-be"), "UTF-16"),
+        ("a.jsonl", '{"text": 1}'.encode("utf-16-le"), "UTF-16"),
+        ("a.txt", "hello".encode("utf-32"), "UTF-32"),
+        ("a.json", b'\xef\xbb\xbf [{"text": "x"}]', "a JSON array; write one object per line: jq"),
+        ("a.json", b'{\n "text": "x"\n}', "JSON over several lines"),
+        ("a.txt", b"PK\x03\x04", "a zip archive"),
+        ("a.jsonl", b"PAR1\x15\x04", "a Parquet table"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else "",
+)
+def test_a_file_of_another_kind_is_recognised(
+    name: str, content: bytes, what: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read(file)
+    assert str(error.value).startswith(f"{file}: its content is {what}")
+
+
+def test_text_that_begins_like_other_kinds_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    for text in ("[x]", "{\n", "BZh91", "PAR1 and PAR2", "\0\0\0\0\0", "a\0b\0", ""):
+        file.write_text(text)
+        assert read(file) == [[text]]
 
 
 def test_what_python_reads_as_json_is_read(tmp_path: Path) -> None:
@@ -155,6 +224,33 @@ def test_tables(tmp_path: Path) -> None:
     assert read(file, keys=("text",)) == [[text] for text in texts]
     both = read(file, keys=("raw", "kind"))
     assert both[1] == ["text 1", "y"] and len(both) == 200
+
+
+def test_every_type_of_text_column_is_read(tmp_path: Path) -> None:
+    texts = ["caf\u00e9", None, "x" * 40]
+    column = pyarrow.array(texts)
+    types = (pyarrow.large_string(), pyarrow.string_view(), pyarrow.binary(), pyarrow.binary_view())
+    columns = [column.cast(kind) for kind in types]
+    columns += [column.dictionary_encode(), columns[0].dictionary_encode()]
+    columns += [pyarrow.ExtensionArray.from_storage(pyarrow.json_(), column)]
+    for number, each in enumerate(columns):
+        file = table(tmp_path / f"{number}.parquet", {"text": each})
+        documents = list(read_documents([file]))
+        assert [documents[0].texts(["text"]), documents[2].texts(["text"])] == [
+            texts[:1],
+            texts[2:],
+        ]
+        with pytest.raises(DocumentError, match="2: key 'text' is null"):
+            documents[1].texts(["text"])
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    column = pyarrow.array(["a"])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(DataError, match="has 2 columns named text"):
+        read(tmp_path / "a.parquet")
 
 
 def test_faults_of_tables_have_their_row(tmp_path: Path) -> None:
@@ -206,6 +302,16 @@ def test_a_damaged_table_never_ends_in_anything_but_an_error(
         pass
 
 
+def is_other_kind(file: Path) -> bool:
+    """Whether the file as a whole is refused by its first bytes."""
+    try:
+        list(read_segments(Source(file), ReadOptions()))
+    except DataError as error:
+        assert "its content is" in str(error)
+        return True
+    return False
+
+
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -217,6 +323,8 @@ def test_no_bytes_lose_a_line_or_end_in_a_traceback(
     file = tmp_path / "a.jsonl"
     file.write_bytes(content)
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if is_other_kind(file):
+        return
     expected = [
         (number, "too_long" if len(line) > LIMIT else line)
         for number, line in enumerate(lines, 1)
@@ -247,6 +355,9 @@ JSON = st.recursive(
 def test_any_json_is_read_as_python_reads_it(records: list[Any], tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    if is_other_kind(file):
+        assert isinstance(records[0], list)
+        return
     documents = list(read_documents([file]))
     assert len(documents) == len(records)
     for document, record in zip(documents, records, strict=True):

@@ -57,9 +57,22 @@ def test_something_else_behind_the_end_is_found(suffix: str, tmp_path: Path) -> 
     for tail in (b"garbage that is no stream", TEXT):
         with pytest.raises(DataError, match="damaged|ends early"):
             read(write(tmp_path, suffix, COMPRESS[suffix](TEXT) + tail))
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match=f"its content is not {suffix[1:]} data"):
         read(write(tmp_path, suffix, TEXT))
-    assert read(write(tmp_path, ".gz", gzip.compress(TEXT) + b"\0" * 1000)) == TEXT
+
+
+def test_padding_behind_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gzip allows zeros at the end; xz a multiple of four, also between streams."""
+    for piece_bytes in (1, 7, 1 << 20):
+        monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
+        assert read(write(tmp_path, ".gz", gzip.compress(TEXT) + b"\0" * 1000)) == TEXT
+        stream = lzma.compress(TEXT)
+        for padding in (0, 4, 8, 40):
+            content = stream + bytes(padding) + stream + bytes(padding)
+            assert read(write(tmp_path, ".xz", content)) == TEXT + TEXT
+        for content in (stream + bytes(3) + stream, stream + bytes(5), bytes(4) + stream):
+            with pytest.raises(DataError, match="c.jsonl.xz: "):
+                read(write(tmp_path, ".xz", content))
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
