@@ -19,7 +19,12 @@ from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import DataConfig
 from megatron_ponder.data.fingerprint import data_fingerprint, dataset_digest, is_repeated
 from megatron_ponder.data.index_cache import build_once
-from megatron_ponder.data.indexed import IndexedDatasetSize, check_indexed_dataset
+from megatron_ponder.data.indexed import (
+    IndexedDatasetSize,
+    check_indexed_dataset,
+    index_file,
+    open_index,
+)
 from megatron_ponder.data.instruction_dataset import InstructionDataset, check_instruction_dataset
 from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import DataError
@@ -211,7 +216,7 @@ def _instruction_datasets(
             built.append(None)
             continue
         (prefix,) = blend[0]
-        documents = range(sizes[prefix].num_documents)
+        documents = range(sizes[prefix].num_sequences)
         if data.data_path:
             documents = _documents_of(bounds, split, sizes[prefix])
         if not documents:  # a share of 0
@@ -273,12 +278,14 @@ def _check_splits(data: DataConfig, num_samples: tuple[int, int, int], sizes: Si
     for prefix, size in sizes.items():
         for split in Split:
             begin, end = bounds[split.value], bounds[split.value + 1]
-            num_documents = len(_documents_of(bounds, split, size))
-            if end > begin and num_documents == 0 and num_samples[split.value] > 0:
+            documents = _documents_of(bounds, split, size)
+            if end <= begin or num_samples[split.value] == 0:
+                continue
+            if not open_index(index_file(prefix)).lengths[documents.start : documents.stop].any():
                 raise DataError(
                     f"{prefix}: {size.num_documents} documents are too few for --split "
-                    f"{data.split}: {split.name} gets none. Give {split.name} a larger share or 0, "
-                    "or set --eval-iters 0."
+                    f"{data.split}: {split.name} gets none with any token. Give {split.name} a "
+                    "larger share or 0, or set --eval-iters 0."
                 )
 
 
@@ -289,6 +296,6 @@ def _bounds(split: str) -> list[float]:
 
 
 def _documents_of(bounds: list[float], split: Split, size: IndexedDatasetSize) -> range:
-    """The documents of a split, with megatron-core's rounding."""
+    """The sequences of a split, with megatron-core's rounding."""
     begin, end = bounds[split.value], bounds[split.value + 1]
-    return range(round(begin * size.num_documents), round(end * size.num_documents))
+    return range(round(begin * size.num_sequences), round(end * size.num_sequences))

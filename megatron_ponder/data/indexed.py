@@ -2,7 +2,8 @@
 
 The format is Megatron-LM's. PREFIX.idx: magic (9 bytes), version (uint64), dtype code (uint8),
 number of sequences n (uint64), number of document boundaries m (uint64), lengths (int32 [n]), byte
-offsets (int64 [n]), document boundaries (int64 [m], from 0 to n). PREFIX.bin: the token ids.
+offsets (int64 [n]), document boundaries (int64 [m], from 0 to n; equal ones enclose an empty
+document). PREFIX.bin: the token ids.
 Files are processed in pieces, so an index of billions of documents needs little memory.
 """
 
@@ -39,6 +40,8 @@ class IndexedDatasetSize:
     """Size of a dataset."""
 
     num_documents: int
+    num_sequences: int
+    """Parts of documents; what megatron-core splits and shuffles. Usually one per document."""
     num_tokens: int
 
 
@@ -135,7 +138,7 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
     end = 0
     for lengths, offsets in zip(_pieces(content.lengths), _pieces(content.offsets), strict=True):
         ends = numpy.cumsum(lengths, dtype=numpy.int64) * token_bytes + end
-        if (lengths <= 0).any() or offsets[0] != end or (offsets[1:] != ends[:-1]).any():
+        if (lengths < 0).any() or offsets[0] != end or (offsets[1:] != ends[:-1]).any():
             raise DataError(
                 f"{index}: lengths and offsets contradict each other. The file is damaged; "
                 "preprocess the corpus again."
@@ -144,7 +147,7 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
     boundaries = content.boundaries
     is_whole = boundaries[0] == 0 and boundaries[-1] == len(content.lengths)
     steps = (numpy.diff(each) for each in _pieces(boundaries, overlap=1))
-    if not is_whole or any((step <= 0).any() for step in steps):
+    if not is_whole or any((step < 0).any() for step in steps):
         raise DataError(
             f"{index}: invalid document boundaries. The file is damaged; preprocess the corpus "
             "again."
@@ -154,7 +157,13 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
             f"{data}: has {os.path.getsize(data)} bytes, but {index.name} describes {end}. One of "
             "them is truncated or belongs to another dataset; preprocess the corpus again."
         )
-    return IndexedDatasetSize(num_documents=len(boundaries) - 1, num_tokens=end // token_bytes)
+    if end == 0:
+        raise _empty(index)
+    return IndexedDatasetSize(
+        num_documents=len(boundaries) - 1,
+        num_sequences=len(content.lengths),
+        num_tokens=end // token_bytes,
+    )
 
 
 def index_file(prefix: str | Path) -> Path:
@@ -194,7 +203,9 @@ def _read_header(index: Path) -> tuple[type[numpy.number], int, int]:
             f"version {VERSION} with dtype code {', '.join(map(str, DTYPES))}."
         )
     if num_sequences == 0 or num_boundaries < 2:
-        raise DataError(
-            f"{index}: the dataset is empty; preprocess a corpus with at least one document."
-        )
+        raise _empty(index)
     return DTYPES[code], num_sequences, num_boundaries
+
+
+def _empty(index: Path) -> DataError:
+    return DataError(f"{index}: the dataset is empty; preprocess a corpus that has text.")

@@ -164,12 +164,11 @@ def _document(
     assert number is not None and tokenizer is not None
     if not 0 <= number < count:
         raise DataError(f"--document {number}: the dataset has documents 0 to {count - 1}.")
-    first, last = int(index.boundaries[number]), int(index.boundaries[number + 1]) - 1
-    token_bytes = numpy.dtype(index.dtype).itemsize
-    begin = int(index.offsets[first]) // token_bytes
-    end = int(index.offsets[last]) // token_bytes + int(index.lengths[last])
+    first, last = map(int, index.boundaries[number : number + 2])
+    begin = int(index.lengths[:first].sum(dtype=numpy.int64))
+    end = begin + int(index.lengths[first:last].sum(dtype=numpy.int64))
     ids = map_ids(config.data_path, index.dtype)[begin:end].tolist()
-    is_ended = ids[-1] == tokenizer.eod
+    is_ended = ids[-1:] == [tokenizer.eod]
     beyond = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
     if beyond:
         raise DataError(

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import sentencepiece
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_ponder.data.preprocess import PreprocessConfig, PreprocessSummary, preprocess
@@ -73,6 +75,16 @@ def write_ids(prefix: Path, documents: Sequence[Sequence[int]], vocab_size: int 
     corpus = write_json_lines(prefix.with_suffix(".jsonl"), lines)
     run_preprocess(corpus, prefix, tokenizer_type="NullTokenizer", vocab_size=vocab_size)
     return f"{prefix}_text_document"
+
+
+def write_sequences(prefix: Path, documents: Sequence[Sequence[Sequence[int]]]) -> str:
+    """A dataset by megatron-core's builder, of documents of sequences of ids; any may be empty."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for document in documents:
+        ids = torch.tensor([i for sequence in document for i in sequence], dtype=torch.int64)
+        builder.add_document(ids, [len(sequence) for sequence in document])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
 
 
 def run_preprocess(corpus: str, prefix: Path, **settings: Any) -> PreprocessSummary:

@@ -100,6 +100,20 @@ def test_a_blend_without_weights_goes_by_tokens_not_by_documents(tmp_path: Path)
     assert sum(51 in sequence for sequence in train[:90]) == pytest.approx(60, abs=1)
 
 
+@pytest.mark.parametrize("empty", [[], [[]]], ids=["no sequence", "an empty one"])
+def test_empty_documents_change_nothing_but_a_split_needs_another(
+    empty: list[list[int]], tmp_path: Path
+) -> None:
+    documents = [[list(range(i, i + 7)) + [VOCAB_SIZE - 1]] for i in range(8)]
+    path = corpora.write_sequences(tmp_path / "a", [d for each in documents for d in (empty, each)])
+    train, _, _ = sequences((7, 0, 0), data_path=(path,), split="1,0,0")
+    assert train and len(train) == 7
+    assert {i for sequence in train for i in sequence} <= {*range(15), VOCAB_SIZE - 1}
+    last = corpora.write_sequences(tmp_path / "b", [*documents, *[[[]]] * 8])
+    with pytest.raises(DataError, match="valid gets none with any token"):
+        _sequences((4, 4, 0), {"data_path": (last,), "split": "1,1,0"})
+
+
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     few = corpora.write_ids(tmp_path / "few", [[1] * 20, [2] * 20])
     for settings, message in (

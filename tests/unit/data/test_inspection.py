@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ponder.data.inspection import InspectConfig, inspect_dataset
 from megatron_ponder.data.merging import MergeConfig, merge_datasets
@@ -40,10 +37,7 @@ def test_numbers(prefix: str, tokenizer_model: str) -> None:
 
 
 def test_documents_of_several_sequences(tmp_path: Path) -> None:
-    builder = IndexedDatasetBuilder(f"{tmp_path}/d.bin", dtype=numpy.uint16)
-    for ids, lengths in (([1, 2, 3], [1, 2]), ([4], [1]), ([5, 6, 7, 9], [2, 2])):
-        builder.add_document(torch.tensor(ids), lengths)
-    builder.finalize(f"{tmp_path}/d.idx")
+    corpora.write_sequences(tmp_path / "d", [[[1], [2, 3]], [[4]], [[5, 6], [7, 9]]])
     null = {"tokenizer_type": "NullTokenizer", "vocab_size": 10}
     found = inspect(f"{tmp_path}/d", document=2, verify=True, **null)
     assert (found["documents"], found["sequences"]) == (3, 5)
@@ -51,6 +45,23 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     assert found["document"] == {"number": 2, "tokens": 4, "is_ended": True, "text": "5 6 7"}
     assert inspect(f"{tmp_path}/d", document=1, **null)["document"]["text"] == "4"
     assert found["verified"]["largest_id"] == 9
+
+
+@pytest.mark.parametrize("empty", [[], [[]]], ids=["no sequence", "an empty one"])
+def test_documents_that_are_empty(empty: list[list[int]], tmp_path: Path) -> None:
+    documents = [empty, [[1, 9]], empty, [[2, 9]], empty]
+    null = {"tokenizer_type": "NullTokenizer", "vocab_size": 10}
+    for name in "ab":
+        corpora.write_sequences(tmp_path / name, documents)
+    inputs = (f"{tmp_path}/a", f"{tmp_path}/b")
+    merge_datasets(MergeConfig(input=inputs, output_prefix=f"{tmp_path}/c"))
+    for number, expected in enumerate(["", "1", "", "2", ""] * 2):
+        found = inspect(f"{tmp_path}/c", document=number, verify=True, **null)
+        assert found["document"]["text"] == expected
+        assert (found["documents"], found["tokens"]) == (10, 8)
+    corpora.write_sequences(tmp_path / "none", [empty, empty])
+    with pytest.raises(DataError, match="the dataset is empty"):
+        inspect(f"{tmp_path}/none")
 
 
 def test_documents_as_text(prefix: str, tokenizer_model: str) -> None:
