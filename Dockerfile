@@ -15,7 +15,7 @@ RUN apt-get update \
 WORKDIR /workspace/megatron_ponder
 # Install the environment first: it changes less often than the code.
 COPY setup.py pyproject.toml Makefile ./
-COPY megatron_ponder/__init__.py megatron_ponder/__init__.py
+COPY megatron_ponder/__init__.py megatron_ponder/installation.py megatron_ponder/
 RUN make install
 COPY . .
 # The tests list the project's files with git.

@@ -21,7 +21,7 @@ help: ## list the targets
 
 install: $(STAMP) ## virtual environment with everything, in .venv (VENV= and PYTHON= override)
 
-$(STAMP): setup.py pyproject.toml
+$(STAMP): setup.py pyproject.toml megatron_ponder/installation.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make install PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,6 +1,11 @@
 """Package metadata and dependencies; `make install` pins torch before it."""
 
+import runpy
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+INSTALLATION = runpy.run_path(str(Path(__file__).parent / "megatron_ponder/installation.py"))
 
 setup(
     name="megatron_ponder",
@@ -9,24 +14,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_ponder", "megatron_ponder.*"]),
     python_requires=">=3.11",
-    install_requires=[
-        "torch>=2.6",
-        "megatron-core>=0.16.1,<0.20",
-        "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
-        "numpy",
-        "tyro>=1.0",
-        "docstring-parser",
-        "pyyaml",
-        "sentencepiece>=0.2",
-        "tokenizers>=0.20",
-        "transformers>=4.56",
-        "safetensors",
-        "orjson",
-        "pyarrow",
-        "tqdm",
-        "tensorboard",
-        "matplotlib",
-    ],
+    install_requires=list(INSTALLATION["REQUIREMENTS"]),
     extras_require={
         "dev": [
             "pytest",

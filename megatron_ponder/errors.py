@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from megatron_ponder.installation import LOADING_ERRORS, problems
+
 USER_ERROR_EXIT_CODE = 2
 BROKEN_PIPE_EXIT_CODE = 141
 
@@ -46,8 +48,9 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Make `main` return an exit code, and report user errors without a traceback.
 
     A `PonderError`, or an OSError about a file (no permission, disk full), prints its message on
-    stderr and returns 2. A broken pipe prints nothing and returns the exit code that a shell gives
-    for it. Any other exception is a bug of ours and passes through with its traceback.
+    stderr and returns 2. So does an import that fails because of what is installed. A broken pipe
+    prints nothing and returns the exit code that a shell gives for it. Any other exception is a bug
+    of ours and passes through with its traceback.
     """
 
     @functools.wraps(main)
@@ -60,10 +63,14 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
             # Redirect stdout, so that Python's flush at exit does not raise the error again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE_EXIT_CODE
-        except OSError as error:
-            if error.filename is None:
+        except LOADING_ERRORS as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+            elif found := [*problems()]:
+                print(f"{error}\nThe installation is broken:", file=sys.stderr)
+                print("\n".join(f"  - {problem}" for problem in found), file=sys.stderr, flush=True)
+            else:
                 raise
-            print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
 
     return wrapped

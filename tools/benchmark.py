@@ -17,39 +17,38 @@ one at a time and compares with predictions; without settings it uses a small mo
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks.commands import COMMANDS, run_command
+from benchmarks.commands import COMMANDS, BenchmarkOptions, run_command
 from megatron_ponder import log
-from megatron_ponder.config.help_texts import HELP
-from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.parse import parse_options, parse_options_and_settings
+from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError, exit_on_user_error
 
 
-@exit_on_user_error
-def main() -> None:
-    """Parse flags, measure, print."""
-    name, *arguments = sys.argv[1:] or ["--help"]
+def parse(argv: Sequence[str] | None) -> tuple[str, BenchmarkOptions, RunConfig]:
+    """Name of the command, its flags, and settings of the run that it measures."""
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         name, arguments = "train", ["--help"]
     elif name not in COMMANDS:
         raise ConfigError(f"{name}: the first argument must be one of {', '.join(COMMANDS)}.")
     command, prog = COMMANDS[name], f"tools/benchmark.py {name}"
-    options, settings = tyro.cli(
-        command.options,
-        prog=prog,
-        description=__doc__,
-        args=arguments,
-        return_unknown_args=True,
-        registry=HELP,
+    if not command.takes_settings:
+        options = parse_options(command.options, arguments, prog=prog, description=__doc__)
+        return name, options, RunConfig()
+    return name, *parse_options_and_settings(
+        command.options, arguments, prog=prog, description=__doc__
     )
-    if settings and not command.takes_settings:
-        raise ConfigError(f"{' '.join(settings)}: not among the flags of {prog}.")
-    config = parse_args(settings, prog=prog)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, measure, print."""
+    name, options, config = parse(argv)
     log.configure(sys.stderr)  # before imports that warn
     result, text = run_command(name, options, config)
     print(json.dumps(result, indent=1) if options.json else text)

@@ -14,27 +14,30 @@ import os
 import sys
 from collections.abc import Sequence
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.convert.options import ExportOptions, ImportOptions
 from megatron_ponder.errors import ConfigError, exit_on_user_error
+
+
+def parse(argv: Sequence[str]) -> ImportOptions | ExportOptions:
+    """The flags of the command that comes first."""
+    command, *arguments = argv
+    prog = f"tools/convert_checkpoint.py {command}"
+    if command == "import":
+        return parse_options(ImportOptions, arguments, prog=prog, description=__doc__)
+    if command == "export":
+        return parse_options(ExportOptions, arguments, prog=prog, description=__doc__)
+    raise ConfigError(f"{command}: what to do must come first: import or export.")
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and convert."""
-    commands = {"import": ImportOptions, "export": ExportOptions}
-    command, *arguments = argv or sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: convert_checkpoint.py {{import,export}} [flags] (or --help)\n\n{__doc__}")
         return
-    if command not in commands:
-        raise ConfigError(f"{command}: what to do must come first: {', '.join(commands)}.")
-    prog = f"convert_checkpoint.py {command}"
-    options = tyro.cli(
-        commands[command], prog=prog, description=__doc__, args=arguments, registry=HELP
-    )
+    options = parse(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a conversion takes one process: start it without torchrun.")
     from megatron_ponder import log

@@ -15,20 +15,22 @@ Under torchrun all ranks share each layer's weights. docs/generate.md says more.
 
 import json
 import sys
+from collections.abc import Sequence
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.errors import exit_on_user_error
 from megatron_ponder.inference.options import EvaluateOptions
 
 
+def parse(argv: Sequence[str] | None) -> EvaluateOptions:
+    """The flags."""
+    return parse_options(EvaluateOptions, argv, prog="tools/evaluate.py", description=__doc__)
+
+
 @exit_on_user_error
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, evaluate, print."""
-    options = tyro.cli(
-        EvaluateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,), registry=HELP
-    )
+    options = parse(argv)
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn

@@ -13,20 +13,22 @@ docs/generate.md says what exactly is computed.
 
 import json
 import sys
+from collections.abc import Sequence
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.errors import exit_on_user_error
 from megatron_ponder.inference.options import GenerateOptions
 
 
+def parse(argv: Sequence[str] | None) -> GenerateOptions:
+    """The flags."""
+    return parse_options(GenerateOptions, argv, prog="tools/generate.py", description=__doc__)
+
+
 @exit_on_user_error
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, generate, print."""
-    options = tyro.cli(
-        GenerateOptions, description=__doc__, config=(tyro.conf.OmitArgPrefixes,), registry=HELP
-    )
+    options = parse(argv)
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn

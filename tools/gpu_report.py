@@ -11,24 +11,26 @@ command again goes on with those that are missing. Exit code 1: some have no res
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks.gpu_report import GpuReportOptions, run_report
 from megatron_ponder import log
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.errors import exit_on_user_error
 
 
+def parse(argv: Sequence[str] | None) -> GpuReportOptions:
+    """The flags."""
+    return parse_options(GpuReportOptions, argv, prog="tools/gpu_report.py", description=__doc__)
+
+
 @exit_on_user_error
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, run, write."""
-    options = tyro.cli(
-        GpuReportOptions, prog="tools/gpu_report.py", description=__doc__, registry=HELP
-    )
+    options = parse(argv)
     log.configure()
     return 0 if run_report(options) else 1
 

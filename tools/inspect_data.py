@@ -10,21 +10,31 @@ If the dataset is missing or damaged, the exit code is 2 and the message says wh
 
 import json
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.errors import exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_ponder.data.inspection import InspectConfig
+
+
+def parse(argv: Sequence[str] | None) -> "InspectConfig":
+    """The flags."""
+    from megatron_ponder.data.inspection import InspectConfig
+
+    return parse_options(InspectConfig, argv, prog="tools/inspect_data.py", description=__doc__)
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, inspect the dataset, print."""
     from megatron_ponder import log
-    from megatron_ponder.data.inspection import InspectConfig, inspect_dataset
+    from megatron_ponder.data.inspection import inspect_dataset
 
     log.configure()
-    config = tyro.cli(InspectConfig, description=__doc__, registry=HELP)
+    config = parse(argv)
     result = inspect_dataset(config)
     if config.json:
         print(json.dumps(result, indent=1))

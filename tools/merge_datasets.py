@@ -8,21 +8,31 @@ merge them: --data-path of megatron_ponder.pretrain takes several.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.errors import exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_ponder.data.merging import MergeConfig
+
+
+def parse(argv: Sequence[str] | None) -> "MergeConfig":
+    """The flags."""
+    from megatron_ponder.data.merging import MergeConfig
+
+    return parse_options(MergeConfig, argv, prog="tools/merge_datasets.py", description=__doc__)
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and merge."""
     from megatron_ponder import log
-    from megatron_ponder.data.merging import MergeConfig, merge_datasets
+    from megatron_ponder.data.merging import merge_datasets
 
     log.configure()
-    config = tyro.cli(MergeConfig, description=__doc__, registry=HELP)
+    config = parse(argv)
     entry = merge_datasets(config)
     print(f"{config.output_prefix}: {entry['documents']} documents, {entry['tokens']} tokens")
 

@@ -18,38 +18,37 @@ compare layouts, not to predict seconds. docs/parallelism.md explains all figure
 
 import json
 import sys
+from collections.abc import Sequence
 from inspect import getdoc
 from pathlib import Path
-from typing import Any
-
-import tyro
 
 from megatron_ponder import log
-from megatron_ponder.config.help_texts import HELP
-from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.parse import parse_options_and_settings
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import exit_on_user_error
 from megatron_ponder.planning.options import PlanOptions, ScalingOptions
 
 
-@exit_on_user_error
-def main() -> None:
-    """Parse flags, plan, print."""
-    if sys.argv[1:2] == ["scaling"]:
-        _scale(
-            *_parse(ScalingOptions, "tools/plan.py scaling", getdoc(ScalingOptions), sys.argv[2:])
+def parse(argv: Sequence[str] | None) -> tuple[PlanOptions | ScalingOptions, RunConfig]:
+    """The flags; those of a search if `scaling` comes first."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["scaling"]:
+        description, prog = getdoc(ScalingOptions), "tools/plan.py scaling"
+        return parse_options_and_settings(
+            ScalingOptions, argv[1:], prog=prog, description=description
         )
-    else:
-        _plan(*_parse(PlanOptions, "tools/plan.py", __doc__, sys.argv[1:]))
+    return parse_options_and_settings(PlanOptions, argv, prog="tools/plan.py", description=__doc__)
 
 
-def _parse(
-    kind: type, prog: str, description: str | None, arguments: list[str]
-) -> tuple[Any, RunConfig]:
-    known = {"prog": prog, "description": description, "return_unknown_args": True}
-    options, settings = tyro.cli(kind, args=arguments, registry=HELP, **known)
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, plan, print."""
+    options, config = parse(argv)
     log.configure()  # before imports that warn
-    return options, parse_args(settings, prog=prog)
+    if isinstance(options, ScalingOptions):
+        _scale(options, config)
+    else:
+        _plan(options, config)
 
 
 def _plan(options: PlanOptions, config: RunConfig) -> None:

@@ -8,26 +8,25 @@ indexes in the cache (--data-cache-path) and needs no write access to it.
 """
 
 import sys
+from collections.abc import Sequence
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
-from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.parse import parse_options_and_settings
+from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.data.options import PrepareIndexOptions
 from megatron_ponder.errors import exit_on_user_error
 
 
-@exit_on_user_error
-def main() -> None:
-    """Parse flags and build."""
-    options, settings = tyro.cli(
-        PrepareIndexOptions,
-        prog="tools/prepare_index.py",
-        description=__doc__,
-        return_unknown_args=True,
-        registry=HELP,
+def parse(argv: Sequence[str] | None) -> tuple[PrepareIndexOptions, RunConfig]:
+    """The flags."""
+    return parse_options_and_settings(
+        PrepareIndexOptions, argv, prog="tools/prepare_index.py", description=__doc__
     )
-    config = parse_args(settings, prog="tools/prepare_index.py")
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags and build."""
+    options, config = parse(argv)
     from megatron_ponder import log
 
     log.configure()  # before the import below, which warns

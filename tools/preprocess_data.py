@@ -10,22 +10,34 @@ interrupted run, repeat the command.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.errors import exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_ponder.data.preprocess import PreprocessConfig
+
+
+def parse(argv: Sequence[str] | None) -> "PreprocessConfig":
+    """The flags."""
+    from megatron_ponder.data.preprocess import PreprocessConfig
+
+    return parse_options(
+        PreprocessConfig, argv, prog="tools/preprocess_data.py", description=__doc__
+    )
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and preprocess."""
     from megatron_ponder import log
 
     log.configure()  # before the imports below, some of which warn
-    from megatron_ponder.data.preprocess import PreprocessConfig, preprocess
+    from megatron_ponder.data.preprocess import preprocess
 
-    config = tyro.cli(PreprocessConfig, description=__doc__, registry=HELP)
+    config = parse(argv)
     summary = preprocess(config)
     rejected = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.rejected.items()))
     print(

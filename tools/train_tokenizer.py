@@ -7,25 +7,34 @@ piece, which ends documents in training.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import tyro
-
-from megatron_ponder.config.help_texts import HELP
+from megatron_ponder.config.parse import parse_options
 from megatron_ponder.errors import exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_ponder.data.sentencepiece_training import TokenizerTrainingConfig
+
+
+def parse(argv: Sequence[str] | None) -> "TokenizerTrainingConfig":
+    """The flags."""
+    from megatron_ponder.data.sentencepiece_training import TokenizerTrainingConfig
+
+    return parse_options(
+        TokenizerTrainingConfig, argv, prog="tools/train_tokenizer.py", description=__doc__
+    )
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and train."""
     from megatron_ponder import log
 
     log.configure()
-    from megatron_ponder.data.sentencepiece_training import (
-        TokenizerTrainingConfig,
-        train_sentencepiece,
-    )
+    from megatron_ponder.data.sentencepiece_training import train_sentencepiece
 
-    config = tyro.cli(TokenizerTrainingConfig, description=__doc__, registry=HELP)
+    config = parse(argv)
     train_sentencepiece(config)
     if config.hf_output:
         print(f"{config.hf_output}: the same tokenizer for Hugging Face")

@@ -53,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: flags; None: those of the command line.
     """
     # Imported here because they need the packages that check_environment looks for.
-    import tyro
     from steps import Options, Quickstart
     from workflow import Workflow, exclusive
 
-    from megatron_ponder.config.help_texts import HELP
+    from megatron_ponder.config.parse import parse_options
     from megatron_ponder.errors import exit_on_user_error
 
     @exit_on_user_error
-    def run(options: Options) -> None:
+    def run() -> None:
+        options = parse_options(Options, argv, prog="run.py", description=__doc__)
         with exclusive(options.folder) as lock:
             quickstart = Quickstart(options, lock)
             workflow = Workflow(options.folder, quickstart.steps())
@@ -71,10 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             workflow.run()
             print(f"\n{quickstart.report()}", flush=True)
 
-    options = tyro.cli(Options, description=__doc__, args=argv, registry=HELP)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return run(options)
+        return run()
     except KeyboardInterrupt:
         print("\nInterrupted. Repeat the same command to resume.", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,21 +1,22 @@
-"""Combines flags, YAML and presets into one `RunConfig`.
+"""Parses command lines, and combines flags, YAML and presets into one `RunConfig`.
 
 A preset and a YAML file are sets of flags that are put before those of the command line; the last
 value of a flag wins. One parser (tyro, from the types and docstrings of the schema) therefore reads
-all three. Nothing here knows what the settings mean.
+all three. Nothing here knows what the settings mean. Every command of this package is parsed here.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 import yaml
 
+from megatron_ponder.config.flags import check_flags, did_you_mean
 from megatron_ponder.config.help_texts import HELP
 from megatron_ponder.config.presets import PRESETS
 from megatron_ponder.config.schema import RunConfig
@@ -31,6 +32,9 @@ names a preset), and flags. The resolved config is printed at the start of a run
 both the given and the resolved config. docs/train.md explains the flags by task.
 
 Presets: {", ".join(PRESETS)}."""
+
+
+Options = TypeVar("Options")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,9 @@ def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -
         description: opening paragraph of `--help`.
 
     Raises:
-        ConfigError: the YAML file or the preset is invalid.
+        ConfigError: a flag is unknown; the YAML file or the preset is invalid.
     """
+    check_flags(argv, [_CommandLine], prog)
     config_path, preset = _sources(argv)
     from_yaml = _read_yaml(config_path) if config_path else {}
     stated_preset = from_yaml.pop("preset", None)
@@ -64,7 +69,49 @@ def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -
     tokens = [] if preset is None else _preset_tokens(preset)
     if config_path:
         tokens += _checked_tokens(from_yaml, config_path)
-    return _parse([*tokens, *argv], prog, description)
+    return _parse(_CommandLine, [*tokens, *argv], prog, description).run
+
+
+def parse_options(
+    kind: type[Options], argv: Sequence[str] | None, *, prog: str, description: str | None
+) -> Options:
+    """Parse the command line of a tool that takes no settings of a run.
+
+    `--help` ends the process with exit code 0, an invalid value with exit code 2.
+
+    Args:
+        kind: dataclass of the tool's flags.
+        argv: arguments without the program's name; None: those of this process.
+        prog: name of the program in messages.
+        description: opening paragraphs of `--help`.
+
+    Raises:
+        ConfigError: a flag is unknown.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    check_flags(argv, [kind], prog)
+    return _parse(kind, argv, prog, description)
+
+
+def parse_options_and_settings(
+    kind: type[Options], argv: Sequence[str] | None, *, prog: str, description: str | None
+) -> tuple[Options, RunConfig]:
+    """Parse the command line of a tool that also takes every setting of a run.
+
+    Arguments and errors are those of `parse_options` and `parse_args`. `--help` shows the tool's
+    own flags only.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    check_flags(argv, [kind, _CommandLine], prog)
+    options, settings = tyro.cli(
+        kind,
+        prog=prog,
+        description=description,
+        args=argv,
+        return_unknown_args=True,
+        registry=HELP,
+    )
+    return options, parse_args(settings, prog=prog)
 
 
 def config_from_flat_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -93,16 +140,16 @@ def dump_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(flat, sort_keys=False)
 
 
-def _parse(args: Sequence[str], prog: str, description: str) -> RunConfig:
-    """Parse flags with tyro."""
+def _parse(kind: type[Options], args: Sequence[str], prog: str, description: str | None) -> Options:
+    """Parse flags with tyro. Fields that are dataclasses add no prefix to their flags."""
     return tyro.cli(
-        _CommandLine,
+        kind,
         prog=prog,
         description=description,
         args=args,
         config=(tyro.conf.OmitArgPrefixes,),
         registry=HELP,
-    ).run
+    )
 
 
 def _sources(argv: Sequence[str]) -> tuple[str | None, str | None]:
@@ -158,7 +205,7 @@ def _preset_tokens(name: object) -> list[str]:
     """The flags that a preset stands for."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
-            f"--preset {name}: no such preset.{_did_you_mean(str(name), PRESETS)} "
+            f"--preset {name}: no such preset.{did_you_mean(str(name), PRESETS)} "
             f"Known: {', '.join(PRESETS)}."
         )
     return [token for key, value in PRESETS[name].items() for token in _tokens(key, value)]
@@ -171,7 +218,7 @@ def _checked_tokens(settings: Mapping[str, Any], source: str) -> list[str]:
     if unknown:
         raise ConfigError(
             "\n".join(
-                f"{source}: {key}: no such setting.{_did_you_mean(key, known)}" for key in unknown
+                f"{source}: {key}: no such setting.{did_you_mean(key, known)}" for key in unknown
             )
         )
     tokens = [token for key, value in settings.items() for token in _tokens(key, value)]
@@ -188,7 +235,7 @@ def _is_accepted(tokens: Sequence[str]) -> bool:
     """Whether tyro accepts these flags."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
-            _parse(tokens, "", "")
+            _parse(_CommandLine, tokens, "", "")
         except SystemExit:
             return False
     return True
@@ -215,9 +262,3 @@ def _types() -> dict[str, str]:
         f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type).replace("typing.", "")
         for f in fields
     }
-
-
-def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    """A hint if a known name is similar."""
-    close = difflib.get_close_matches(name, known, n=2)
-    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -36,7 +36,10 @@ class PlanOptions:
             ConfigError: a number that is missing or too small.
         """
         if self.world_size is None:
-            raise ConfigError("--world-size must be given: the number of ranks of the run.")
+            raise ConfigError(
+                "--world-size is missing: the number of ranks (devices) of the run, which need not "
+                "exist here; for example --world-size 8."
+            )
         _check_at_least_one(self, "world_size")
         _check_above_zero(self, "device_memory_gib", "assumed_tflops")
 

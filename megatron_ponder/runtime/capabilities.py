@@ -8,7 +8,6 @@ megatron-core imports them too, whatever the settings of the run, and changes it
 
 import dataclasses
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -16,6 +15,8 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_ponder.installation import loading_error
 
 NOT_INSTALLED = "not installed"
 NEEDS_CUDA = "needs a CUDA device"
@@ -81,7 +82,7 @@ def find_capabilities() -> Capabilities:
     """Detect the capabilities of this process's machine; cached after the first call."""
     on_cpu = Capabilities(
         torch=torch.__version__,
-        megatron_core=importlib.metadata.version("megatron-core"),
+        megatron_core=_megatron_core(),
         triton=_triton(),
         interprets_triton=_interprets_triton(),
         transformer_engine=_imported("transformer_engine", "transformer_engine.pytorch"),
@@ -101,6 +102,14 @@ def find_capabilities() -> Capabilities:
         nccl=".".join(map(str, torch.cuda.nccl.version())),
         attends_with_cudnn=_problem_of_cudnn_attention(),
     )
+
+
+def _megatron_core() -> str:
+    """Its version, or that it is missing, which only tools/doctor.py lives to tell."""
+    try:
+        return importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
 
 
 def _interprets_triton() -> bool:
@@ -128,17 +137,16 @@ def _apex() -> Library:
 
 
 def _imported(package: str, module: str) -> Library:
-    """State of a library, usable if `module` can be imported. Not tried without CUDA."""
+    """State of a library, usable with CUDA if `module` can be imported."""
     if importlib.util.find_spec(package) is None:
         return Library()
     version = _version_of(package)
     if not torch.cuda.is_available():
-        return Library(version=version, problem=NEEDS_CUDA)
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        module = package  # its parts need CUDA
+    error = loading_error(module)
+    if error is not None:
         return Library(version=version, problem=f"import of {module} fails: {error}")
-    return Library(version=version, problem=None)
+    return Library(version=version, problem=None if torch.cuda.is_available() else NEEDS_CUDA)
 
 
 def _version_of(package: str) -> str:

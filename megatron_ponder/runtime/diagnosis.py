@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import BackendError
+from megatron_ponder.installation import LOADING_ERRORS, problems
 from megatron_ponder.runtime.backends import choose_backends, describe
 from megatron_ponder.runtime.capabilities import Capabilities, Library
 
@@ -41,6 +42,7 @@ def diagnose(config: ResolvedConfig, found: Capabilities) -> dict[str, object]:
     report: dict[str, object] = {
         "python": platform.python_version(),
         "found": _found(found),
+        "problems": [*problems()],
         "megatron_core_takes": dict(_defaults()),
         "warnings": [*_warnings(config, found)],
     }
@@ -61,7 +63,10 @@ def as_text(report: dict[str, Any]) -> str:
     lines += [f"  {name}: {what}" for name, what in report["found"].items()]
     lines += ["", "Defaults of megatron-core, given what is installed:"]
     lines += [f"  {name}: {what}" for name, what in report["megatron_core_takes"].items()]
-    if "refused" in report:
+    if report["problems"]:
+        lines += ["", "Nothing can run before these are mended:"]
+        lines += [f"  - {problem}" for problem in report["problems"]]
+    elif "refused" in report:
         lines += ["", f"A run with these settings would be refused: {report['refused']}"]
     else:
         lines += ["", "A run with these settings would use:"]
@@ -109,7 +114,11 @@ def _interpreter(found: Capabilities) -> str:
 def _defaults() -> Iterator[tuple[str, str]]:
     """The implementations that megatron-core has bound its names to."""
     for what, (module_name, name) in DEFAULTS.items():
-        value = vars(importlib.import_module(module_name)).get(name)
+        try:
+            value = vars(importlib.import_module(module_name)).get(name)
+        except LOADING_ERRORS as error:
+            yield what, f"unknown, megatron-core cannot be imported: {error}"
+            continue
         if value is None:
             yield what, "not in this version"
         else:

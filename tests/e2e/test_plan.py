@@ -53,7 +53,7 @@ def test_help_teaches() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", RECIPE], "--world-size must be given"),
+        (["--config", RECIPE], "--world-size is missing"),
         (["--config", RECIPE, "--world-size", "0"], "--world-size 0: must be at least 1"),
         (["--config", "nowhere.yaml", "--world-size", "1"], "nowhere.yaml: cannot be read"),
         (["--world-size", "1"], "--vocab-size must be given"),

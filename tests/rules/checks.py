@@ -8,7 +8,7 @@ from tests.rules.sources import PACKAGE, Source, imported_modules
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors log config files figures tables",
+        "errors log config files figures tables installation",
         "runtime",
         "kernels",
         "ponder data",
@@ -24,6 +24,7 @@ but sub-packages of one layer do not import each other (see SIBLINGS)."""
 SIBLINGS = frozenset(
     {
         ("config", "errors"),
+        ("errors", "installation"),
         ("log", "errors"),
         ("figures", "files"),
         ("inference", "checkpoint"),
