@@ -5,9 +5,11 @@ tensor is read, with the settings that differ.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -122,6 +124,7 @@ def load_checkpoint(
         request["rng_state"] = random_state_object(here, None)
     loaded = _read(request, checkpoint)
     load_chunks(modules, loaded["model"])
+    check_finite(checkpoint, modules)
     # Separately: an fp32 checkpoint serves as weights and as fp32 copy of the weights, and one
     # request must not name a tensor twice. A request is used up by loading.
     request = {
@@ -152,6 +155,24 @@ def load_weights(checkpoint: Path, chunks: list[PonderGPTModel], config: Resolve
     _check_shape(checkpoint, read_config(checkpoint), config)
     loaded = _read({"model": model_state(chunks)}, checkpoint)
     load_chunks(chunks, loaded["model"])
+    check_finite(checkpoint, chunks)
+
+
+def check_finite(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Refuse weights that are NaN or infinite; every number they give would be, too.
+
+    Raises:
+        CheckpointError: a weight of this rank is not finite.
+    """
+    weights = [named for chunk in chunks for named in chunk.named_parameters()]
+    is_finite = torch.stack([weight.detach().isfinite().all() for _, weight in weights]).tolist()
+    bad = [name for (name, _), fine in zip(weights, is_finite, strict=True) if not fine]
+    if bad:
+        raise CheckpointError(
+            f"{checkpoint}: {len(bad)} of {len(weights)} weights hold NaN or infinity, the first "
+            f"is {bad[0]}. The training diverged before it was saved, or a file is damaged. Give "
+            "an earlier checkpoint with --ckpt-step."
+        )
 
 
 def _check_shape(checkpoint: Path, stored: ResolvedConfig, config: ResolvedConfig) -> None:

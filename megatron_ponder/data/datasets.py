@@ -241,7 +241,8 @@ def _blends(data: DataConfig) -> list[Blend | None]:
         return [_parse_blend(data.data_path)]
     if not data.train_data_path:
         raise DataError(
-            "no training data: give --data-path, or --train-data-path (and --valid-data-path)."
+            "no training data: give --data-path, or --train-data-path (and --valid-data-path). To "
+            "score a dataset with a trained model, use tools/evaluate.py --data-path."
         )
     paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
     return [_parse_blend(path) if path else None for path in paths]
@@ -275,6 +276,11 @@ def _prefixes(blends: list[Blend | None]) -> list[str]:
 def _check_splits(data: DataConfig, num_samples: tuple[int, int, int], sizes: Sizes) -> None:
     """Refuse splits that need documents and get none; megatron-core would loop forever."""
     bounds = _bounds(data.split)
+    if bounds[1] == 0 and num_samples[Split.train.value] > 0:
+        raise DataError(
+            f"--split {data.split}: leaves no data to train on. Give training a larger share than "
+            "0; to score a dataset with a trained model, use tools/evaluate.py --data-path."
+        )
     for prefix, size in sizes.items():
         for split in Split:
             begin, end = bounds[split.value], bounds[split.value + 1]

@@ -25,7 +25,7 @@ from megatron_ponder.data.indexed import check_indexed_dataset
 from megatron_ponder.data.readers import read_documents
 from megatron_ponder.data.sources import find_inputs
 from megatron_ponder.data.tokenizers import Tokenizer
-from megatron_ponder.errors import ConfigError, DataError
+from megatron_ponder.errors import CheckpointError, ConfigError, DataError
 from megatron_ponder.inference.loading import LoadedModel, loaded_model
 from megatron_ponder.inference.options import EvaluateOptions
 from megatron_ponder.ponder.plan import PassPlan
@@ -68,7 +68,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             plans = [loaded.plan]
         else:
             plans = [loaded.model.method.plan(r) for r in iterations]
-        common, rows = _score(loaded, stream, plans, options)
+        common, rows = score(loaded, stream, plans, options)
         if len(rows) == 1:
             return result | rows[0] | common
         del result["num_jacobi_iterations"]
@@ -116,10 +116,15 @@ def _spans(num_tokens: int, seq_length: int, stride: int) -> Iterator[tuple[int,
         begin += stride
 
 
-def _score(
+def score(
     loaded: LoadedModel, stream: Stream, plans: Sequence[PassPlan], options: EvaluateOptions
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What holds for all plans, and the figures of each."""
+    """What holds for all plans, and the figures of each.
+
+    Raises:
+        CheckpointError: a loss is not finite.
+        ConfigError: the windows do not fit the model.
+    """
     seq_length = options.seq_length or loaded.config.data.seq_length
     _check_length(loaded, seq_length, "--seq-length")
     stride = options.stride or seq_length
@@ -137,6 +142,12 @@ def _score(
             for number, losses in enumerate(loaded.token_losses(tokens, labels, plans)):
                 loss_sums[number] += float(losses.double().sum())
             bar.update(labels.numel())
+    if not all(map(math.isfinite, loss_sums)):
+        raise CheckpointError(
+            f"{loaded.checkpoint}: the loss is not a finite number, so this text cannot be scored. "
+            "The weights are finite, but what the model computes overflows; give another "
+            "checkpoint with --ckpt-step."
+        )
     common = {
         "num_tokens": num_tokens,
         "num_bytes": stream.num_bytes,

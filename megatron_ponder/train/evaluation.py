@@ -25,8 +25,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity if the loss is 700 or more."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss); infinity if the loss is 700 or more, NaN if it is NaN."""
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_ponder.checkpoint import storage
-from megatron_ponder.checkpoint.reader import load_checkpoint, locate
+from megatron_ponder.checkpoint.reader import check_finite, load_checkpoint, locate
 from megatron_ponder.config.parse import parse_args
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.resolved import ResolvedConfig
+from megatron_ponder.errors import CheckpointError
 from megatron_ponder.optim.adamw import learning_rate
 from megatron_ponder.runtime import distributed
 from tests.parity.layouts import CP2, DIST_OPT, GPT2, PP2, SP, TP2, VP2, Layout
@@ -174,3 +175,13 @@ def _check_that_it_goes_on(before: str, after: str, folder: Path, **changes: obj
     for old, new in zip(whole["steps"], resumed["steps"], strict=True):
         assert new.learning_rate == old.learning_rate
         assert new.num_jacobi_iterations == old.num_jacobi_iterations
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    layers = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)]
+    check_finite(tmp_path, layers)
+    with torch.no_grad():
+        layers[1].weight[2, 1] = value
+    with pytest.raises(CheckpointError, match="1 of 4 weights hold NaN or infinity.*--ckpt-step"):
+        check_finite(tmp_path, layers)

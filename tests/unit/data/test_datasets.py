@@ -118,6 +118,8 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     few = corpora.write_ids(tmp_path / "few", [[1] * 20, [2] * 20])
     for settings, message in (
         ({"data_path": (few,), "split": "99,1,0"}, "valid gets none"),
+        ({"data_path": (few,), "split": "0,100,0"}, "--split 0,100,0: leaves no data to train on"),
+        ({"valid_data_path": (few,)}, "no training data"),
         ({"data_path": (str(tmp_path / "none"),)}, "no such file"),
         ({}, "no training data"),
     ):

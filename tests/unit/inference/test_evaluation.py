@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ponder.errors import ConfigError
-from megatron_ponder.inference.evaluation import figures, windows
+from megatron_ponder.errors import CheckpointError, ConfigError
+from megatron_ponder.inference.evaluation import Stream, figures, score, windows
 from megatron_ponder.inference.options import CheckpointOptions, EvaluateOptions
+from megatron_ponder.train.evaluation import Evaluation
 
 CHECKPOINT = CheckpointOptions(load="x")
 
@@ -79,3 +80,17 @@ def test_figures_per_token_and_per_byte() -> None:
 def test_options_that_do_not_fit(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EvaluateOptions(checkpoint=CHECKPOINT, **settings)
+
+
+def test_a_loss_that_is_not_finite_is_no_result() -> None:
+    class Loaded:
+        checkpoint, max_tokens = "runs/x/iter_0000001", None
+
+        def token_losses(self, tokens, labels, plans):
+            return [torch.full(labels.shape, torch.nan)]
+
+    options = EvaluateOptions(checkpoint=CHECKPOINT, data_path="a", seq_length=4)
+    stream = Stream(ids=torch.arange(9), num_bytes=9)
+    with pytest.raises(CheckpointError, match="the loss is not a finite number"):
+        score(Loaded(), stream, [None], options)  # type: ignore[arg-type, list-item]
+    assert math.isnan(Evaluation(loss=math.nan, num_tokens=1, num_jacobi_iterations=0).perplexity)
