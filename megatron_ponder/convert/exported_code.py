@@ -6,6 +6,17 @@ from pathlib import Path
 from megatron_ponder.convert.family import find_family
 
 _FOLDER = Path(__file__).parent / "remote_code"
+_PREFIX = "ponder_"
+
+
+def model_type(architecture: str) -> str:
+    """`model_type` in config.json: none of transformers', which refuses it without our code."""
+    return _PREFIX + architecture
+
+
+def architecture_of(model_type: object) -> object:
+    """The architecture that a `model_type` stands for: ours, or a stock one as it is."""
+    return model_type.removeprefix(_PREFIX) if isinstance(model_type, str) else model_type
 
 
 def class_name(architecture: str) -> str:

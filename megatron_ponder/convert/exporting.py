@@ -95,6 +95,7 @@ def build_huggingface_config(config: ResolvedConfig) -> dict[str, Any]:
         return stock
     architecture = config.model.architecture
     classes = {
+        "model_type": exported_code.model_type(architecture),
         "architectures": [exported_code.class_name(architecture)],
         "auto_map": exported_code.auto_map(architecture),
     }

@@ -25,7 +25,7 @@ from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.convert import verification
 from megatron_ponder.convert.config_mapping import read_model_settings
-from megatron_ponder.convert.exported_code import auto_map
+from megatron_ponder.convert.exported_code import architecture_of, auto_map
 from megatron_ponder.convert.exporting import build_huggingface_config
 from megatron_ponder.convert.family import find_family
 from megatron_ponder.convert.folders import check_space, new_folder
@@ -82,7 +82,7 @@ def import_checkpoint(options: ImportOptions) -> None:
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """What config.json holds.
+    """What config.json holds, with the architecture as `model_type`.
 
     Raises:
         ConversionError: it is not there, or no JSON object.
@@ -99,6 +99,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise ConversionError(f"{path}: cannot be read: {error}.") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: must be a JSON object.")
+    if "model_type" in content:
+        content["model_type"] = architecture_of(content["model_type"])
     return content
 
 

@@ -86,8 +86,10 @@ def export_case(name: str, folder: Path, *, is_sharper: bool = False, **settings
     config = {**case_config(name), **settings}
     if config["method"] != "vanilla":
         config["recurrent_model"] = True
-        config["architectures"] = [exported_code.class_name(config["model_type"])]
-        config["auto_map"] = exported_code.auto_map(config["model_type"])
+        architecture = config["model_type"]
+        config["model_type"] = exported_code.model_type(architecture)
+        config["architectures"] = [exported_code.class_name(architecture)]
+        config["auto_map"] = exported_code.auto_map(architecture)
         exported_code.copy_remote_code(folder)
     (folder / "config.json").write_text(json.dumps(config))
     state = case_weights(name, is_sharper=is_sharper)

@@ -1,22 +1,15 @@
 """Configurations of exported models: the stock architecture's plus the method's settings.
 
-`model_type` and all stock keys stay what they are, so that stock code still reads the file. The
-settings have the names that the run's configuration gives them; keys of older checkpoints of the
-method's authors are read too. What a setting does to the forward is in passes.py.
+All stock keys stay what they are. `model_type` is our own, because stock code that found its own
+there would run a plain model on these weights, whose numbers look right and are not. The settings
+have the names that the run's configuration gives them; keys of older checkpoints of the method's
+authors are read too. What a setting does to the forward is in passes.py.
 """
 
 import math
 from typing import Any
 
 import transformers
-from transformers import (
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 OLDEST_TRANSFORMERS = "4.56.0"
 """Tested; older ones have caches without layers, or layers without what is needed of them."""
@@ -34,6 +27,7 @@ def check_transformers(version: str) -> None:
         )
 
 
+# Before anything is taken from it: older ones lack some of the classes below.
 check_transformers(transformers.__version__)
 
 SETTINGS: dict[str, Any] = {
@@ -77,7 +71,11 @@ COUNTS = {
 
 
 def take_settings(keys: dict[str, Any]) -> dict[str, Any]:
-    """Remove the method's settings from `keys`, under new and old names, and return them all."""
+    """Remove the method's settings from `keys`, under new and old names, and return them all.
+
+    `model_type` goes too: older exports and the authors' checkpoints have the stock one.
+    """
+    keys.pop("model_type", None)
     settings = {}
     for name, default in SETTINGS.items():
         old = keys.pop(OLD_NAMES[name], default) if name in OLD_NAMES else default
@@ -88,6 +86,7 @@ def take_settings(keys: dict[str, Any]) -> dict[str, Any]:
 class PonderConfig:
     """What follows from the settings; mixed into a stock configuration."""
 
+    model_type: str
     method: str
     recurrent_model: bool
     num_latent_thoughts: int
@@ -107,6 +106,14 @@ class PonderConfig:
     vocab_size: int
 
     keys_to_ignore_at_inference = ["past_key_values", "cache", "jacobi_iterations"]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the stock function, which would warn of the stock `model_type` of older folders."""
+        keys, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if f"ponder_{keys.get('model_type')}" == cls.model_type:
+            del keys["model_type"]
+        return keys, rest
 
     def set_settings(self, settings: dict[str, Any]) -> None:
         """Store what `take_settings` returned."""
@@ -180,53 +187,65 @@ class PonderConfig:
         return None
 
 
-class PonderLlamaConfig(PonderConfig, LlamaConfig):
+class PonderLlamaConfig(PonderConfig, transformers.LlamaConfig):
     """Llama."""
 
+    model_type = "ponder_llama"
+
     def __init__(self, **keys: Any) -> None:
         settings = take_settings(keys)
         super().__init__(**keys)
         self.set_settings(settings)
 
 
-class PonderGPTNeoXConfig(PonderConfig, GPTNeoXConfig):
+class PonderGPTNeoXConfig(PonderConfig, transformers.GPTNeoXConfig):
     """GPT-NeoX (Pythia)."""
 
+    model_type = "ponder_gpt_neox"
+
     def __init__(self, **keys: Any) -> None:
         settings = take_settings(keys)
         super().__init__(**keys)
         self.set_settings(settings)
 
 
-class PonderGPT2Config(PonderConfig, GPT2Config):
+class PonderGPT2Config(PonderConfig, transformers.GPT2Config):
     """GPT-2."""
 
+    model_type = "ponder_gpt2"
+
     def __init__(self, **keys: Any) -> None:
         settings = take_settings(keys)
         super().__init__(**keys)
         self.set_settings(settings)
 
 
-class PonderMistralConfig(PonderConfig, MistralConfig):
+class PonderMistralConfig(PonderConfig, transformers.MistralConfig):
     """Mistral, dense."""
 
+    model_type = "ponder_mistral"
+
     def __init__(self, **keys: Any) -> None:
         settings = take_settings(keys)
         super().__init__(**keys)
         self.set_settings(settings)
 
 
-class PonderQwen2Config(PonderConfig, Qwen2Config):
+class PonderQwen2Config(PonderConfig, transformers.Qwen2Config):
     """Qwen2, dense."""
 
+    model_type = "ponder_qwen2"
+
     def __init__(self, **keys: Any) -> None:
         settings = take_settings(keys)
         super().__init__(**keys)
         self.set_settings(settings)
 
 
-class PonderQwen3Config(PonderConfig, Qwen3Config):
+class PonderQwen3Config(PonderConfig, transformers.Qwen3Config):
     """Qwen3, dense."""
+
+    model_type = "ponder_qwen3"
 
     def __init__(self, **keys: Any) -> None:
         settings = take_settings(keys)
