@@ -123,7 +123,7 @@ def _usage(config: ResolvedConfig) -> str:
     code = (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{argument})\n"
         f"model = AutoModelForCausalLM.from_pretrained(folder{argument})\n"
         'inputs = tokenizer("The ", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
@@ -133,6 +133,7 @@ def _usage(config: ResolvedConfig) -> str:
         "It loads as transformers' own class.\n"
         if is_stock
         else "The modelling files are in this folder and need torch and transformers only; read "
-        "them before you let\n`trust_remote_code` run them.\n"
+        "them before you let\n`trust_remote_code` run them. Without it transformers refuses the "
+        "folder, since a stock class would compute\nanother model from the same weights.\n"
     )
     return f"## Use\n\n{code}\n{note}"

@@ -7,6 +7,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from megatron_ponder.convert import exported_code
 from megatron_ponder.convert.family import family_names
@@ -41,6 +43,46 @@ def test_a_plain_model_by_the_authors_key():
     assert torch.equal(
         plain.generate(ids, **GREEDY), stock.generate(ids, eos_token_id=None, **GREEDY)
     )
+
+
+def test_stock_code_refuses_an_export(tmp_path):
+    """It would load the same weights as a plain model, whose loss is another."""
+    folder = export_case("llama_ponderlm2_k2_j2", tmp_path / "export")
+    for load in (AutoConfig.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            load(folder, trust_remote_code=False)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        transformers.pipeline("text-generation", model=str(folder), trust_remote_code=False)
+
+
+def test_a_class_by_name_reads_the_weights_and_is_warned(tmp_path):
+    """As the authors' classes do: their config class is the stock one, and reads their keys."""
+    folder = export_case("llama_ponderlm2_k2_j2", tmp_path / "export")
+    with CaptureLogger(logging.get_logger("transformers.configuration_utils")) as captured:
+        model, found = transformers.LlamaForCausalLM.from_pretrained(
+            folder, output_loading_info=True
+        )
+    assert "of type" in captured.out and "ponder_llama" in captured.out
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert (model.config.num_latent_thoughts, model.config.num_jacobi_iterations) == (2, 2)
+    original = load_file(CASES / "llama_ponderlm2_k2_j2" / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, original["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["llama_ponderlm2_k2_j2", "gpt_neox_ponderlm2_k1_j3"])
+def test_exports_with_a_stock_model_type(name, tmp_path):
+    """As older versions wrote them: read without a warning, and saved with our own."""
+    folder = export_case(name, tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    ours, stock = config["model_type"], config["model_type"].removeprefix("ponder_")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": stock}))
+    with CaptureLogger(logging.get_logger("transformers.configuration_utils")) as captured:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not captured.out
+    case = load_file(CASES / name / "case.safetensors")
+    assert torch.allclose(model(case["input_ids"]).logits, case["logits"], atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == ours
 
 
 def test_the_authors_checkpoints_load(tmp_path):

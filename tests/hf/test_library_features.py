@@ -208,7 +208,12 @@ def test_lora(architecture):
     model = build(architecture, **FEW_ROUNDS["ponderlm2"])
     ids = random_ids(2, 8)
     before = model(ids).logits.detach()
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16)
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+    modules = {"llama": ["q_proj", "v_proj"], "gpt_neox": ["query_key_value"], "gpt2": ["c_attn"]}
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=modules[architecture]
+    )
     lora = peft.get_peft_model(model, config).train()
     optimizer = torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=1.0)
     losses = []

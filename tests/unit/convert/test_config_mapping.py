@@ -1,6 +1,8 @@
 """Stock configs as settings and back, method keys of both families, and what is refused."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +10,10 @@ import transformers
 
 from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.schema import MethodConfig, RunConfig
+from megatron_ponder.convert import exported_code
 from megatron_ponder.convert.config_mapping import build_stock_config, read_model_settings
 from megatron_ponder.convert.family import family_names, find_family
+from megatron_ponder.convert.importing import read_config_json
 from megatron_ponder.convert.method_mapping import SETTINGS, build_method_keys, read_method
 from megatron_ponder.errors import ConversionError
 from tests.unit.convert.stock_models import MODELS, stock_config
@@ -249,3 +253,13 @@ def test_method_keys_round_trip() -> None:
     # A config that says so beats what the authors' files of the architecture do.
     neox = read_method(of_type("gpt_neox", **build_method_keys(run)), {}).source
     assert neox["ponderlm_feedback"] == "mixture"
+
+
+def test_the_model_type_of_exports_is_their_own_and_read_back(tmp_path: Path) -> None:
+    """Stock code must not take an export for a plain model; older exports have the stock type."""
+    for architecture in family_names():
+        ours = exported_code.model_type(architecture)
+        assert ours not in transformers.CONFIG_MAPPING
+        for stored in (ours, architecture):
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": stored}))
+            assert read_config_json(tmp_path)["model_type"] == architecture
