@@ -6,6 +6,7 @@ Attention is not masked between documents. Not covered: loading (loader.py).
 """
 
 import importlib.metadata
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from megatron_ponder.data.index_cache import build_once
 from megatron_ponder.data.indexed import (
     IndexedDatasetSize,
     check_indexed_dataset,
+    count_unended,
     index_file,
     open_index,
 )
 from megatron_ponder.data.instruction_dataset import InstructionDataset, check_instruction_dataset
 from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Blend = tuple[list[str], list[float] | None]
 Datasets = tuple[Dataset[Any] | None, Dataset[Any] | None, Dataset[Any] | None]
@@ -64,6 +68,8 @@ def build_datasets(
     blends = [_with_weights(blend, sizes) if blend else None for blend in blends]
     if data.data_path:
         _check_splits(data, num_samples, sizes)
+    for prefix in () if data.instruction_data else sizes:
+        _warn_of_unended(prefix, tokenizer.eod)
     return _build(config, tokenizer, blends, sizes, num_samples)
 
 
@@ -271,6 +277,21 @@ def _with_weights(blend: Blend, sizes: Sizes) -> Blend:
 def _prefixes(blends: list[Blend | None]) -> list[str]:
     """Every prefix once, in order."""
     return list(dict.fromkeys(prefix for blend in blends if blend for prefix in blend[0]))
+
+
+def _warn_of_unended(prefix: str, eod: int) -> None:
+    """Say that documents have no end, which a run cannot repair."""
+    num_unended, number = count_unended(prefix, eod)
+    if num_unended:
+        logger.warning(
+            "%s: %d of %d documents looked at do not end with the tokenizer's end id %d, so a "
+            "document and the next one are one text to the model, and it never learns to end one. "
+            "Preprocess the corpus with --append-eod if it has documents",
+            prefix,
+            num_unended,
+            number,
+            eod,
+        )
 
 
 def _check_splits(data: DataConfig, num_samples: tuple[int, int, int], sizes: Sizes) -> None:

@@ -33,6 +33,7 @@ DTYPES: dict[int, type[numpy.number]] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PIECE_ITEMS = 1 << 20
 """Entries of an index that are processed at once."""
+DOCUMENTS_LOOKED_AT = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +165,23 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
         num_sequences=len(content.lengths),
         num_tokens=end // token_bytes,
     )
+
+
+def count_unended(prefix: str, eod: int) -> tuple[int, int]:
+    """How many documents do not end with the end id, and of how many; a sample over the dataset.
+
+    Args:
+        prefix: a dataset that has been checked.
+        eod: the end id.
+    """
+    index = open_index(index_file(prefix))
+    number = len(index.boundaries) - 1
+    chosen = numpy.unique(numpy.linspace(0, number - 1, DOCUMENTS_LOOKED_AT).astype(numpy.int64))
+    chosen = chosen[index.boundaries[chosen] < index.boundaries[chosen + 1]]  # not empty
+    last = index.boundaries[chosen + 1] - 1
+    places = index.offsets[last] // numpy.dtype(index.dtype).itemsize + index.lengths[last] - 1
+    ids = map_ids(prefix, index.dtype)[places[index.lengths[last] > 0]]
+    return int((ids != eod).sum()), len(ids)
 
 
 def index_file(prefix: str | Path) -> Path:

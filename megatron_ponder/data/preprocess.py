@@ -144,6 +144,11 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
             worker died; or the run was interrupted. Finished chunks are kept for a repeated run.
     """
     _check(config)
+    if not config.append_eod and not config.instruction_data:
+        logger.warning(
+            "without --append-eod nothing marks the end of a document: a model trained on this "
+            "data reads each document as part of the one before, and never learns to end a text"
+        )
     sources = [Source(path) for path in find_inputs(config.input)]
     for source in sources:
         format_of(source, config.input_format)

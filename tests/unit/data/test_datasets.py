@@ -13,6 +13,7 @@ from megatron_ponder.data.datasets import (
     build_validation_sets,
     training_fingerprint,
 )
+from megatron_ponder.data.indexed import count_unended
 from megatron_ponder.data.tokenizers import NullTokenizer
 from megatron_ponder.errors import ConfigError, DataError
 from tests.ranks import run_ranks
@@ -112,6 +113,17 @@ def test_empty_documents_change_nothing_but_a_split_needs_another(
     last = corpora.write_sequences(tmp_path / "b", [*documents, *[[[]]] * 8])
     with pytest.raises(DataError, match="valid gets none with any token"):
         _sequences((4, 4, 0), {"data_path": (last,), "split": "1,1,0"})
+
+
+def test_documents_without_an_end_are_counted(tmp_path: Path) -> None:
+    ended, unended = [[1, 2, 99]], [[3, 99, 4]]
+    for documents, expected in (
+        ([ended] * 3, (0, 3)),
+        ([ended, [], unended, [[]], [[5], [6, 99]]], (1, 3)),
+        ([unended] * 1000, (64, 64)),
+    ):
+        path = corpora.write_sequences(tmp_path / "a", documents)
+        assert count_unended(path, VOCAB_SIZE - 1) == expected
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
