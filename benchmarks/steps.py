@@ -26,7 +26,7 @@ from megatron_ponder.convert.weight_names import to_megatron
 from megatron_ponder.parallel.schedule import Batch
 from megatron_ponder.ponder.training_plan import jacobi_iterations
 from megatron_ponder.runtime.device import device
-from megatron_ponder.runtime.distributed import initialize, leave_layout
+from megatron_ponder.runtime.distributed import initialize
 from megatron_ponder.train.metrics import peak_memory_gib
 from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
@@ -151,10 +151,7 @@ def build_ours(
         Peak memory of the process before, in GiB.
     """
     before_gib = peak_memory_gib()
-    if config.parallel != held.get("layout"):
-        leave_layout()
-        initialize(config.parallel, config.training.seed)
-        held["layout"] = config.parallel
+    initialize(config.parallel, config.training.seed)
     held[name] = OurSteps(config, starts_from_reference=starts_from_reference)
     return before_gib
 

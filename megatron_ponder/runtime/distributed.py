@@ -20,6 +20,8 @@ from megatron_ponder.errors import BackendError
 from megatron_ponder.runtime import mcore_cpu
 from megatron_ponder.runtime.device import device
 
+_layout: tuple[int, int, int] | None = None
+"""TP, PP and CP sizes that megatron-core's groups were created for."""
 _backward_pipeline_group: dist.ProcessGroup | None = None
 
 
@@ -35,6 +37,8 @@ def is_rank_zero() -> bool:
 
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Start torch.distributed and megatron-core's groups, and seed the random generators.
+
+    Groups of the same layout are kept: a new set would add some thirty, each with a thread.
 
     Args:
         config: resolved layout; TP x PP x CP must divide the number of ranks.
@@ -58,20 +62,35 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         else:
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        context_parallel_size=config.context_parallel_size,
-        distributed_timeout_minutes=config.distributed_timeout_minutes,
-    )
-    _start_backward_pipeline_group(timeout)
+    _enter_layout(config, timeout)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=False)
 
 
+def _enter_layout(config: ParallelConfig, timeout: datetime.timedelta) -> None:
+    """Create megatron-core's groups and ours, unless those of this layout are there."""
+    global _layout
+    sizes = (
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.context_parallel_size,
+    )
+    if sizes == _layout:
+        return
+    leave_layout()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes[0],
+        pipeline_model_parallel_size=sizes[1],
+        context_parallel_size=sizes[2],
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    _start_backward_pipeline_group(timeout)
+    _layout = sizes
+
+
 def leave_layout() -> None:
-    """Destroy megatron-core's groups, so that `initialize` can start another layout."""
-    global _backward_pipeline_group
-    _backward_pipeline_group = None
+    """Forget megatron-core's groups, so that another layout can be entered."""
+    global _layout, _backward_pipeline_group
+    _layout = _backward_pipeline_group = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
 

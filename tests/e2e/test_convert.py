@@ -14,7 +14,6 @@ from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.checkpoint.writer import save_checkpoint
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.data.tokenizers import build_tokenizer
-from megatron_ponder.runtime import distributed
 from tests.commands import run_forked, run_fresh
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import build_training_state, small_config
@@ -74,7 +73,6 @@ def save_run(config: RunConfig) -> None:
         scheduler=training_state.scheduler,
         progress=Progress(iteration=5, consumed_tokens=123456),
     )
-    distributed.leave_layout()
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             except (RuntimeError, AssertionError) as error:
                 problem = f"{type(error).__name__}: {error}"
             found[name] = {"problem": problem, "waits": list(mode.waits)}
-        distributed.leave_layout()
+        distributed.leave_layout()  # the next case has other ranks
     return found
 
 

@@ -90,7 +90,6 @@ def violations(case: Case, checkpoint: str, fault: str | None = None) -> list[st
     )
     totals = all_reduce_totals(totals)
     gradients = to_huggingface(gather_gradients(model), case.config.model)
-    distributed.leave_layout()
     found = []
     if (difference := largest_difference(logits, case.logits)) > LOGITS_ABSOLUTE:
         found.append(f"logits: {difference:.2e}")

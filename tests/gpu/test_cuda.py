@@ -8,7 +8,6 @@ Not run yet on any GPU: none was available while this was written.
 import pytest
 import torch
 
-from megatron_ponder.runtime import distributed
 from megatron_ponder.train.step import train_step
 from tests.golden.cases import NAMES
 from tests.golden.test_golden import violations_of_all, write_checkpoints
@@ -56,7 +55,6 @@ def _steps_that_may_not_wait(settings):
         )
     torch.cuda.set_sync_debug_mode("default")
     loss = step.fetch().loss
-    distributed.leave_layout()
     return loss
 
 

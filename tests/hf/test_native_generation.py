@@ -39,7 +39,6 @@ def native(name: str) -> tuple[list[list[int]], torch.Tensor]:
         while len(new) < NEW_TOKENS:
             logits = growing.add(new[-1])
             new.append(logits.argmax(dim=-1).tolist())
-    distributed.leave_layout()
     return [list(row) for row in zip(*new, strict=True)], first
 
 

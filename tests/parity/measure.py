@@ -89,7 +89,6 @@ def measure(
         scheduler.step(increment=1)
     complete_parameters(model.chunks)
     result.weights = gather_weights(model)
-    distributed.leave_layout()
     return result
 
 
@@ -100,7 +99,6 @@ def save_weights(config: RunConfig, state: dict[str, Tensor] | None, folder: str
     if state is not None:
         model.load_state_dict(state, strict=False)
     dist_checkpointing.save(model.sharded_state_dict(), folder)
-    distributed.leave_layout()
 
 
 def load_weights(modules: list[PonderGPTModel], folder: str) -> None:

@@ -38,7 +38,6 @@ def losses_in_bf16(config):
         losses.append(run_step(model, config, batch(), plan))
         update(optimizer)
         scheduler.step(increment=1)
-    distributed.leave_layout()
     return losses
 
 

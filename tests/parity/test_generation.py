@@ -213,7 +213,6 @@ def grown(
         built.eval()
         with FAULTS[fault]() if fault else contextlib.nullcontext():
             found[model] = {way: grow(built, r, **WAYS[way]) for way in ways}
-        distributed.leave_layout()
     return found
 
 
@@ -400,7 +399,6 @@ def generated(config: RunConfig, end_id: int | None, use_cache: bool) -> list[Gr
         ):
             assert grown_text.new_ids[-1] == token
         assert torch.is_grad_enabled()
-    distributed.leave_layout()
     return texts
 
 

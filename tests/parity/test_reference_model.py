@@ -114,7 +114,6 @@ def differences(name: str, off_by_one: bool = False) -> list[str]:
         seq_length=SEQ_LENGTH,
     )
     gradients = to_huggingface(gather_gradients(wrapped), config.model)
-    distributed.leave_layout()
     found = []
     if (difference := largest_difference(logits, expected_logits.detach())) > LOGITS_ABSOLUTE:
         found.append(f"logits: {difference:.2e}")

@@ -107,7 +107,6 @@ def save_midway(config: ResolvedConfig, at: int, last: int) -> dict[str, object]
     steps = run_iterations(config, training_state, progress, last)
     draw = torch.rand(3)
     result = {"steps": steps, "weights": gather_weights(training_state.model), "draw": draw}
-    distributed.leave_layout()
     return result
 
 
@@ -120,5 +119,4 @@ def resume(config: ResolvedConfig, last: int) -> dict[str, object]:
     steps = run_iterations(config, training_state, progress, last)
     draw = torch.rand(3)
     result = {"steps": steps, "weights": gather_weights(training_state.model), "draw": draw}
-    distributed.leave_layout()
     return result

@@ -13,7 +13,6 @@ from megatron_ponder.config.resolve import resolve
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import CheckpointError
 from megatron_ponder.optim.adamw import learning_rate
-from megatron_ponder.runtime import distributed
 from tests.parity.layouts import CP2, DIST_OPT, GPT2, PP2, SP, TP2, VP2, Layout
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import (
@@ -98,7 +97,6 @@ def _resume_longer(run_config: str, folder: str) -> tuple[ResolvedConfig, int, f
     progress = load_checkpoint(config, locate(Path(folder)), **parts(training_state))
     run_iterations(config, training_state, progress, LAST)
     found = config, training_state.scheduler.lr_decay_steps, learning_rate(training_state.optimizer)
-    distributed.leave_layout()
     return found
 
 

@@ -64,7 +64,6 @@ def save_layout(models: list[str], settings: dict, world_size: int, folder: str)
             scheduler=scheduler,
             progress=Progress(iteration=3),
         )
-        distributed.leave_layout()
 
 
 @torch.no_grad()
@@ -128,7 +127,6 @@ def train_and_save(folder: str) -> None:
     training_state, progress = build_training_state(config), Progress()
     run_iterations(config, training_state, progress, last=2)
     save(config, training_state, progress)
-    distributed.leave_layout()
 
 
 def save(config: RunConfig, training_state: TrainingState, progress: Progress) -> None:
@@ -169,7 +167,6 @@ def train_imported(folder: str, world_size: int, **settings: object) -> list[flo
     )
     assert progress == Progress()
     steps = run_iterations(config, training_state, progress, last=2)
-    distributed.leave_layout()
     return [step.loss for step in steps]
 
 

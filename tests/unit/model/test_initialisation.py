@@ -16,7 +16,6 @@ def whole_weights(config):
     distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config)
     weights = {n: gather_shards(p, p.detach()) for n, p in model.named_parameters()}
-    distributed.leave_layout()
     return weights
 
 

@@ -69,7 +69,6 @@ def built_parameters(configs):
         distributed.initialize(config.parallel, config.training.seed)
         model = build_model(config)
         counts[name] = sum(p.numel() for p in model.parameters())
-        distributed.leave_layout()
     return counts
 
 
@@ -145,7 +144,6 @@ def counted_by_torch(names):
             batched = by_kind.pop(torch.ops.aten.bmm)
             assert by_kind.keys() <= {torch.ops.aten.mm, torch.ops.aten.addmm}, by_kind
             counts[name].append((sum(by_kind.values()), batched))
-        distributed.leave_layout()
     return counts
 
 

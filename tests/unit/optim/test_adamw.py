@@ -8,7 +8,6 @@ import torch
 from megatron_ponder.checkpoint.progress import Progress
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.optim.adamw import build_scheduler, learning_rate
-from megatron_ponder.runtime import distributed
 from megatron_ponder.train.step import train_step
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import (
@@ -97,7 +96,6 @@ def _step_beside_torch(settings: dict) -> dict[str, float]:
         name: (named[name].float() - copy.to(named[name].dtype).float()).abs().max().item()
         for name, copy in copies.items()
     }
-    distributed.leave_layout()
     return differences
 
 
@@ -125,7 +123,6 @@ def _norms(clip_grad: float) -> list[float]:
     clipped = math.sqrt(
         sum(p.main_grad.square().sum().item() for p in training_state.model.modules[0].parameters())
     )
-    distributed.leave_layout()
     return [*norms, clipped]
 
 

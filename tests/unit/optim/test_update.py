@@ -64,7 +64,6 @@ def _norms(world_size: int, settings: dict) -> tuple[float, float]:
     """Ours and megatron-core's."""
     training_state = _with_gradients(world_size, settings)
     norms = gradient_norm(training_state.optimizer).item(), training_state.optimizer.get_grad_norm()
-    distributed.leave_layout()
     return norms
 
 
@@ -118,7 +117,6 @@ def _update(world_size: int, settings: dict, clip_grad: float) -> dict[str, floa
                     )
                 optimizer.step_with_ready_grads()
         ends.append(_state(training_state))
-        distributed.leave_layout()
     moved = _largest_difference(start, ends[0][: len(start)])
     return {"moved": moved, "apart": _largest_difference(*ends)}
 
@@ -162,7 +160,6 @@ def _skip(world_size: int, settings: dict, poison: float) -> dict[str, object]:
     norm_after = gradient_norm(optimizer)
     clipped_update(optimizer, norm_after, torch.isfinite(norm_after))
     after = _largest_difference(before, _state(training_state))
-    distributed.leave_layout()
     return {"norm": norm.item(), "skipped": skipped, "after": after, "steps": _steps(inner)}
 
 
@@ -196,7 +193,6 @@ def _without_scale() -> tuple[float, float, float]:
     moved = [a - b for a, b in zip(start, _state(training_state), strict=True)]
     num_weights = len(list(training_state.model.named_parameters()))
     length = torch.cat([m.flatten() for m in moved[:num_weights]]).norm().item()
-    distributed.leave_layout()
     return norm.item(), skipped, length
 
 

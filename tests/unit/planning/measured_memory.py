@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.step_memory import held_bytes, step_bytes
 from megatron_ponder.config.resolved import ResolvedConfig
-from megatron_ponder.runtime.distributed import initialize, leave_layout
+from megatron_ponder.runtime.distributed import initialize
 from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
 
@@ -18,18 +18,15 @@ def measure(config: ResolvedConfig) -> dict[str, int]:
         config: resolved.
     """
     initialize(config.parallel, config.training.seed)
-    try:
-        training_state = build_training_state(config)
-        batches = random_batches(config)
+    training_state = build_training_state(config)
+    batches = random_batches(config)
 
-        def step() -> None:
-            train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
+    def step() -> None:
+        train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
 
-        step()  # allocates the optimizer's state
-        added = step_bytes(step)
-        return held_bytes(training_state) | {"step": added}
-    finally:
-        leave_layout()
+    step()  # allocates the optimizer's state
+    added = step_bytes(step)
+    return held_bytes(training_state) | {"step": added}
 
 
 def random_batches(config: ResolvedConfig) -> Any:

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ponder.config.resolved import ResolvedConfig
-from megatron_ponder.runtime.distributed import initialize, leave_layout
+from megatron_ponder.runtime.distributed import initialize
 from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
 from tests.unit.planning.measured_memory import random_batches
@@ -39,11 +39,8 @@ def _is_group(value: object) -> bool:
 def measure_traffic(config: ResolvedConfig) -> dict[str, float]:
     """In a rank: bytes that it sends in one training step."""
     initialize(config.parallel, config.training.seed)
-    try:
-        training_state = build_training_state(config)
-        batches = random_batches(config)
-        with CountSent() as counter:
-            train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
-        return counter.sent
-    finally:
-        leave_layout()
+    training_state = build_training_state(config)
+    batches = random_batches(config)
+    with CountSent() as counter:
+        train_step(config, training_state, batches, iteration=1, wants_stop=False).fetch()
+    return counter.sent

@@ -19,7 +19,7 @@ from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.planning.order import Pipeline
 from megatron_ponder.planning.run import PlannedRun
 from megatron_ponder.planning.timeline import Event, Timeline, simulate
-from megatron_ponder.runtime.distributed import initialize, leave_layout, process_groups
+from megatron_ponder.runtime.distributed import initialize, process_groups
 from megatron_ponder.train.run import build_training_state
 from megatron_ponder.train.step import train_step
 from tests.ranks import run_ranks
@@ -78,7 +78,6 @@ def timed_steps(config: ResolvedConfig, num_steps: int) -> tuple[float, list[Spa
         train_step(config, training_state, batches, iteration=iteration, wants_stop=False).fetch()
         steps.append(timers.spans)
     latency_s = message_latency_s(config)
-    leave_layout()
     return latency_s, steps[1:]
 
 

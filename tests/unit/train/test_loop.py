@@ -17,7 +17,6 @@ from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import TrainingError
 from megatron_ponder.optim.adamw import learning_rate
 from megatron_ponder.parallel.schedule import Batch
-from megatron_ponder.runtime import distributed
 from megatron_ponder.train import loop
 from megatron_ponder.train.metrics import Reporter
 from megatron_ponder.train.sinks import Record
@@ -93,7 +92,6 @@ def _train(
 def _order(settings: dict) -> list[str]:
     events = _Events()
     _train(small_config(1, **NEVER | settings), events)
-    distributed.leave_layout()
     return events.seen
 
 
@@ -123,7 +121,6 @@ def _stop(folder: str, layout: dict) -> tuple[list[str], int, dict[str, torch.Te
     events = _Events(3 if dist.get_rank() == 1 else None)
     training_state, progress = _train(config, events)
     weights = {name: p.detach().clone() for name, p in training_state.model.named_parameters()}
-    distributed.leave_layout()
     return events.seen, progress.iteration, weights
 
 
@@ -132,7 +129,6 @@ def _stored(folder: str, layout: dict) -> tuple[Progress, dict[str, torch.Tensor
     training_state = build_training_state(config)
     progress = load_checkpoint(config, locate(Path(folder), None), **parts(training_state))
     weights = {name: p.detach().clone() for name, p in training_state.model.named_parameters()}
-    distributed.leave_layout()
     return progress, weights
 
 
@@ -155,7 +151,6 @@ def _signal_while_saving(folder: str) -> int:
     config = small_config(1, **NEVER, train_iters=9, exit_interval=2, save=folder)
     with mock.patch.object(loop, "save_checkpoint", save_under_fire):
         _, progress = _train(config, _Events())
-    distributed.leave_layout()
     return progress.iteration
 
 
@@ -173,7 +168,6 @@ def _diverge(poisoned: range, train_iters: int) -> tuple[str, Progress, list[str
         _, progress = _train(config, events, poisoned)
     except TrainingError as error:
         message = str(error)
-    distributed.leave_layout()
     return message, progress, events.seen
 
 
@@ -191,7 +185,6 @@ def _end(**settings: object) -> dict[str, torch.Tensor]:
     for number, state in enumerate(states):
         tensors |= {f"{name} {number}": value.clone() for name, value in state.items()}
     tensors["rate"] = torch.tensor(learning_rate(training_state.optimizer))
-    distributed.leave_layout()
     return tensors
 
 

@@ -9,7 +9,6 @@ from unittest import mock
 import torch
 
 from megatron_ponder.parallel.schedule import Batch
-from megatron_ponder.runtime import distributed
 from megatron_ponder.train import step
 from megatron_ponder.train.evaluation import evaluate
 from megatron_ponder.train.step import StepResult, TrainingState, train_step
@@ -53,7 +52,6 @@ def _poisoned() -> list[tuple[str, float, StepResult, float]]:
 
         with mock.patch.object(step, "run_microbatches", run):
             found.append((where, poison, *_step(training_state, iteration_batches(CONFIG, 1))))
-    distributed.leave_layout()
     return found
 
 
@@ -69,7 +67,6 @@ def _without_tokens() -> tuple[StepResult, float, float, StepResult, float]:
     masked, moved = _step(training_state, _masked())
     evaluation = evaluate(CONFIG, training_state, _masked())
     following, moved_then = _step(training_state, iteration_batches(CONFIG, 2))
-    distributed.leave_layout()
     return masked, moved, evaluation.loss, following, moved_then
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megatron_ponder.model.embedding import rounded_scale
-from megatron_ponder.runtime import distributed
 from megatron_ponder.train.step import train_step
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.small_run import build_training_state, iteration_batches, small_config
@@ -50,7 +49,6 @@ def _waits(settings: dict, world_size: int) -> tuple[list[str], list[str]]:
             )
     with synchronizations() as in_reading:
         assert step.fetch().is_updated
-    distributed.leave_layout()
     return in_steps, in_reading
 
 
