@@ -7,7 +7,9 @@ ranks that it starts. It does not make anything use Triton: on CPU `--kernels au
 
 import os
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, and start processes
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
