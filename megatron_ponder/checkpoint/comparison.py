@@ -102,12 +102,20 @@ def data_differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list
     """
     if not stored:
         return []
+    known = dict(stored, tokenizer=_with_end(stored.get("tokenizer"), ours.get("tokenizer")))
     return [
         difference
         for name in ours
         if name != REPEATED_SAMPLES
-        and (difference := _line(name.replace("_", " "), stored.get(name), ours[name]))
+        and (difference := _line(name.replace("_", " "), known.get(name), ours[name]))
     ]
+
+
+def _with_end(stored: Any, ours: Any) -> Any:
+    """A stored tokenizer; earlier versions did not store the end id, which then counts as ours."""
+    if isinstance(stored, Mapping) and isinstance(ours, Mapping) and "eod" in ours:
+        return {"eod": ours["eod"], **stored}
+    return stored
 
 
 def _line(name: str, before: object, now: object) -> str:

@@ -38,6 +38,8 @@ from megatron_ponder.checkpoint.state import (
 from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import CheckpointConfig
+from megatron_ponder.data.manifest import describe_tokenizer
+from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import CheckpointError
 from megatron_ponder.model.ponder_gpt_model import PonderGPTModel
 from megatron_ponder.runtime.distributed import ranks
@@ -172,6 +174,25 @@ def check_finite(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
             f"{checkpoint}: {len(bad)} of {len(weights)} weights hold NaN or infinity, the first "
             f"is {bad[0]}. The training diverged before it was saved, or a file is damaged. Give "
             "an earlier checkpoint with --ckpt-step."
+        )
+
+
+def check_trained_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Refuse another tokenizer than that of the data that a checkpoint was trained on.
+
+    An import, which does not know it, takes any.
+
+    Raises:
+        CheckpointError: it is another one, or the checkpoint cannot be read.
+    """
+    data = _read_plain(checkpoint).get("progress", {}).get("data", {})
+    ours = {"tokenizer": dict(tokenizer.unique_identifiers)}
+    stored = {"tokenizer": data["tokenizer"]} if data.get("tokenizer") else {}
+    if data_differences(stored, ours):
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer: with "
+            f"{describe_tokenizer(data['tokenizer'])}; the one given is "
+            f"{describe_tokenizer(ours['tokenizer'])}. Give its own with --tokenizer-model."
         )
 
 

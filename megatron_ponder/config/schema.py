@@ -198,7 +198,27 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class TokenizerConfig:
+    """Which tokenizer, and what it does around and inside a text. Part of the identity of data."""
+
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
+    """Type of --tokenizer-model: a SentencePiece .model file, a Hugging Face tokenizer.json (or its
+    folder), or the JSON description of a tiktoken vocabulary. NullTokenizer: no tokenizer, the data
+    has ids only; needs --vocab-size, whose last id ends documents."""
+    tokenizer_model: str | None = None
+    """Path of the tokenizer."""
+    add_bos: bool = False
+    """Begin every document and every prompt with the tokenizer's begin token (BOS)."""
+    tokenizer_hf_include_special_tokens: bool = False
+    """HuggingFaceTokenizer: begin every document and every prompt with what the file's own
+    post-processor puts there, as Megatron-LM does with this flag."""
+    parse_special_tokens: bool = False
+    """Turn text that spells a special token (<|endoftext|>) into that token, as Megatron-LM does
+    for Hugging Face tokenizers and tiktoken. By default it is text like any other."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(TokenizerConfig):
     """Training data: indexed datasets written by tools/preprocess_data.py."""
 
     data_path: tuple[str, ...] = ()
@@ -214,12 +234,6 @@ class DataConfig:
     """Like --data-path, for the evaluation on test data after training only."""
     data_cache_path: str | None = None
     """Folder for sample and shuffle indexes. None: a folder 'cache' next to the first dataset."""
-    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """Type of --tokenizer-model: a SentencePiece .model file, a Hugging Face tokenizer.json (or its
-    folder), or the JSON description of a tiktoken vocabulary. NullTokenizer: no tokenizer, the data
-    has ids only; needs --vocab-size, whose last id ends documents."""
-    tokenizer_model: str | None = None
-    """Path of the tokenizer."""
     eod_mask_loss: bool = False
     """Exclude the prediction that follows an end-of-document token from the loss, as in
     Megatron-LM."""
@@ -353,7 +367,7 @@ class CheckpointConfig:
     """Number of checkpoints to keep; older ones are deleted. None: keep all."""
     override_data: bool = False
     """Resume even if data, blend, order, tokenizer or sequence length differ from those of the
-    checkpoint."""
+    checkpoint; and train on data that was made with another tokenizer than the run's."""
     finetune: bool = False
     """Load only the weights: iteration, optimizer, LR scheduler, random states and data position
     start afresh."""

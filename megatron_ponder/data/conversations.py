@@ -30,7 +30,7 @@ class ConversationEncoder(Encoder):
     """Encodes conversations into ids and a loss mask."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self._dtype = token_dtype(tokenizer.vocab_size)
         self.streams = [Stream(IDS_STREAM, self._dtype), Stream(MASK_STREAM, numpy.uint8)]
 
@@ -51,11 +51,12 @@ class ConversationEncoder(Encoder):
         self, document: RawDocument, parts: list[Part], ids: list[list[int] | str]
     ) -> Encoded:
         """Concatenate the parts of one conversation into its ids and its mask."""
-        tokens: list[int] = []
-        mask: list[int] = []
-        for (_, is_learned), mine in zip(parts, ids, strict=True):
+        tokens = list(self.tokenizer.begin)
+        mask = [0] * len(tokens)
+        for (text, is_learned), mine in zip(parts, ids, strict=True):
             if isinstance(mine, str):
                 return document.error("not_tokenized", mine)
+            self.count_losses([text], [mine])
             mine = [*mine, self.tokenizer.eod] if is_learned else mine
             tokens += mine
             mask += [int(is_learned)] * len(mine)

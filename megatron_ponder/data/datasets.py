@@ -27,7 +27,12 @@ from megatron_ponder.data.indexed import (
     index_file,
     open_index,
 )
-from megatron_ponder.data.instruction_dataset import InstructionDataset, check_instruction_dataset
+from megatron_ponder.data.instruction_dataset import (
+    InstructionDataset,
+    check_instruction_dataset,
+    check_kind,
+)
+from megatron_ponder.data.manifest import check_tokenizer
 from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import DataError
 
@@ -60,11 +65,12 @@ def build_datasets(
         Train, valid and test; None for a split without data, or of which no sequence is needed.
 
     Raises:
-        DataError: files are missing or damaged, or a split has no document.
+        DataError: files are missing or damaged, a split has no document, or a dataset is of another
+            kind or tokenizer.
     """
     data = config.data
     blends = _blends(data)
-    sizes = {prefix: check_indexed_dataset(prefix) for prefix in _prefixes(blends)}
+    sizes = {prefix: _checked(config, tokenizer, prefix) for prefix in _prefixes(blends)}
     blends = [_with_weights(blend, sizes) if blend else None for blend in blends]
     if data.data_path:
         _check_splits(data, num_samples, sizes)
@@ -90,7 +96,7 @@ def build_validation_sets(
         )
     sets = {}
     for name, prefix in zip(names, prefixes, strict=True):
-        sizes = {prefix: check_indexed_dataset(prefix)}
+        sizes = {prefix: _checked(config, tokenizer, prefix)}
         blends: list[Blend | None] = [None, ([prefix], None), None]
         _, valid, _ = _build(config, tokenizer, blends, sizes, (0, num_samples, 0))
         assert valid is not None
@@ -127,6 +133,19 @@ class _WithoutEndTargets(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.inner[index]
         return {**sample, "loss_mask": sample["loss_mask"] * (sample["labels"] != self._eod)}
+
+
+def _checked(config: ResolvedConfig, tokenizer: Tokenizer, prefix: str) -> IndexedDatasetSize:
+    """Check that a dataset is whole and is what the run takes it for."""
+    size = check_indexed_dataset(prefix)
+    check_kind(prefix, instruction_data=config.data.instruction_data)
+    try:
+        check_tokenizer(prefix, tokenizer)
+    except DataError as error:
+        if not config.checkpoint.override_data:
+            raise
+        logger.warning("--override-data: %s", error)
+    return size
 
 
 def _build(

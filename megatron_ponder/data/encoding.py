@@ -6,8 +6,10 @@ mask.
 """
 
 import abc
+import collections
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy
 
@@ -33,16 +35,27 @@ class Encoder(abc.ABC):
     streams: list[Stream]
     tokenizer: Tokenizer
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.losses: collections.Counter[str] = collections.Counter()
+        """What the ids do not give back: `texts`, and characters by kind (Tokenizer.losses)."""
+
+    def count_losses(self, texts: Sequence[str], ids: Sequence[list[int]]) -> None:
+        """Count what is lost in the texts of a document that is kept."""
+        for text, mine in zip(texts, ids, strict=True):
+            if lost := self.tokenizer.losses(text, mine):
+                self.losses.update(lost, texts=1)
+
     @abc.abstractmethod
     def encode(self, documents: Sequence[RawDocument]) -> list[Encoded]:
         """Encode each document: its arrays, or the reason for its rejection, in order."""
 
 
 class TextEncoder(Encoder):
-    """Encodes the text under each key, optionally followed by the end id."""
+    """Encodes the text under each key, between begin and end ids where these are wanted."""
 
     def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self._keys = keys
         self._end = [tokenizer.eod] if append_eod else []
         self._dtype = token_dtype(tokenizer.vocab_size)
@@ -51,27 +64,35 @@ class TextEncoder(Encoder):
     def encode(self, documents: Sequence[RawDocument]) -> list[Encoded]:
         """See Encoder."""
         results: list[Encoded] = []
-        texts: list[str] = []
+        texts: list[list[str]] = []
         for document in documents:
             try:
-                texts += document.texts(self._keys)
+                texts.append(document.texts(self._keys))
                 results.append([])
             except DocumentError as error:
+                texts.append([])
                 results.append(error)
-        ids = iter(tokenize_batch(self.tokenizer, texts))
+        ids = iter(tokenize_batch(self.tokenizer, list(itertools.chain.from_iterable(texts))))
         for index, (document, result) in enumerate(zip(documents, results, strict=True)):
-            if isinstance(result, DocumentError):
-                continue
-            mine = [next(ids) for _ in self._keys]
-            fault = next((each for each in mine if isinstance(each, str)), None)
-            if fault is not None:
-                results[index] = document.error("not_tokenized", fault)
-            elif not all(mine):
-                # An end id alone is not a document.
-                results[index] = document.error("empty", "empty: its text yields no token")
-            else:
-                results[index] = [numpy.array([*each, *self._end], self._dtype) for each in mine]
+            if isinstance(result, list):
+                mine = [next(ids) for _ in self._keys]
+                results[index] = self._joined(document, texts[index], mine)
         return results
+
+    def _joined(
+        self, document: RawDocument, texts: list[str], ids: list[list[int] | str]
+    ) -> Encoded:
+        """The arrays of one document."""
+        kept = [each for each in ids if not isinstance(each, str)]
+        if len(kept) < len(ids):
+            fault = next(each for each in ids if isinstance(each, str))
+            return document.error("not_tokenized", fault)
+        if not all(kept):
+            # Begin and end ids alone are not a document.
+            return document.error("empty", "empty: its text yields no token")
+        self.count_losses(texts, kept)
+        begin = self.tokenizer.begin
+        return [numpy.array([*begin, *each, *self._end], self._dtype) for each in kept]
 
 
 def tokenize_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int] | str]:
@@ -80,6 +101,12 @@ def tokenize_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]
         return list(tokenizer.tokenize_batch(texts))
     except DataError:
         return [_tokenize(tokenizer, text) for text in texts]
+
+
+def describe_losses(losses: Mapping[str, int]) -> str:
+    """A sentence about what ids do not give back, from `Encoder.losses`."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(losses.items()) if kind != "texts")
+    return f"{losses['texts']} texts have characters that the tokenizer does not give back: {kinds}"
 
 
 def token_dtype(vocab_size: int) -> type[numpy.number]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from megatron_ponder import log
-from megatron_ponder.config.schema import DataConfig, TokenizerType
+from megatron_ponder.config.schema import TokenizerConfig
 from megatron_ponder.data.indexed import (
     IndexFile,
     check_indexed_dataset,
@@ -19,7 +19,7 @@ from megatron_ponder.data.indexed import (
     map_ids,
     open_index,
 )
-from megatron_ponder.data.manifest import find_manifest, hash_file, tokenizer_entry
+from megatron_ponder.data.manifest import check_tokenizer, find_manifest, hash_file
 from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ponder.errors import DataError
 
@@ -28,7 +28,7 @@ SCAN_IDS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(TokenizerConfig):
     """Flags of tools/inspect_data.py."""
 
     data_path: str
@@ -37,15 +37,12 @@ class InspectConfig:
     """Read the whole dataset and check that index and data agree, that all ids are within the
     vocabulary, and that both files have the SHA-256 in the manifest."""
     document: int | None = None
-    """Print the text of this document (the first is 0). Needs the tokenizer."""
+    """Print the text of this document (the first is 0). Needs the tokenizer. A tokenizer that is
+    given must be that of the manifest."""
     histogram: str | None = None
     """Write a histogram of document lengths to this PNG file."""
     json: bool = False
     """Print one JSON object instead of text."""
-    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """Type of --tokenizer-model."""
-    tokenizer_model: str | None = None
-    """Tokenizer file, for --document. With --verify it must be the tokenizer of the manifest."""
     vocab_size: int | None = None
     """With --verify all ids must be below this. None: the vocabulary of the tokenizer, or else of
     the manifest."""
@@ -105,8 +102,9 @@ def _tokenizer(config: InspectConfig) -> Tokenizer | None:
         if config.document is not None:
             raise DataError("--document needs --tokenizer-model to turn ids into text.")
         return None
-    data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
-    return build_tokenizer(data, config.vocab_size)
+    tokenizer = build_tokenizer(config, config.vocab_size)
+    check_tokenizer(config.data_path, tokenizer)
+    return tokenizer
 
 
 def _verify(
@@ -118,11 +116,6 @@ def _verify(
     """Read the whole dataset; return what was checked."""
     prefix = config.data_path
     told = (manifest or {}).get("tokenizer") or {}
-    if tokenizer is not None and told and told != tokenizer_entry(tokenizer):
-        raise DataError(
-            f"{prefix}: its manifest names another tokenizer ({told}) than the one given "
-            f"({tokenizer_entry(tokenizer)}). Give the tokenizer of the manifest."
-        )
     vocab_size = config.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     vocab_size = vocab_size or told.get("vocab_size")
     least, most = _range(map_ids(prefix, index.dtype))
@@ -169,11 +162,10 @@ def _document(
     end = begin + int(index.lengths[first:last].sum(dtype=numpy.int64))
     ids = map_ids(config.data_path, index.dtype)[begin:end].tolist()
     is_ended = ids[-1:] == [tokenizer.eod]
-    beyond = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
-    if beyond:
+    if beyond := set(ids).difference(tokenizer.token_ids()):
         raise DataError(
-            f"--document {number}: has id {beyond[0]}, beyond the tokenizer's vocabulary of "
-            f"{tokenizer.vocab_size}. The data was made with another tokenizer; give that one."
+            f"--document {number}: has id {min(beyond)}, which no token of the tokenizer has. The "
+            "data was made with another tokenizer; give that one."
         )
     text = tokenizer.detokenize(ids[:-1] if is_ended else ids)
     return {"number": number, "tokens": len(ids), "is_ended": is_ended, "text": text}

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from megatron_ponder.data.conversations import IDS_STREAM, MASK_STREAM
 from megatron_ponder.data.indexed import check_indexed_dataset, index_file, open_index
+from megatron_ponder.data.manifest import find_manifest
 from megatron_ponder.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,34 @@ def mask_prefix(prefix: str) -> str:
             f"{IDS_STREAM}, as tools/preprocess_data.py --instruction-data writes it."
         )
     return prefix.removesuffix(IDS_STREAM) + MASK_STREAM
+
+
+def check_kind(prefix: str, *, instruction_data: bool) -> None:
+    """Refuse conversations where documents are expected, or the reverse.
+
+    The manifest says what a dataset holds; without one, its name and the mask beside it.
+
+    Raises:
+        DataError: the dataset is of the other kind.
+    """
+    found = find_manifest(prefix)
+    options = found[1].get("options") if found else None
+    if isinstance(options, dict):
+        is_conversations = bool(options.get("instruction_data"))
+    else:
+        stems = [prefix.removesuffix(s) for s in (IDS_STREAM, MASK_STREAM) if prefix.endswith(s)]
+        is_conversations = any(index_file(stem + MASK_STREAM).exists() for stem in stems)
+    if is_conversations and not instruction_data:
+        raise DataError(
+            f"{prefix} holds conversations, of which only the responses count. Give "
+            "--instruction-data to train on it, or a dataset of documents."
+        )
+    if instruction_data and not is_conversations:
+        raise DataError(
+            f"{prefix}: is not a dataset of conversations. Leave --instruction-data out, or give a "
+            f"prefix that ends in {IDS_STREAM}, as tools/preprocess_data.py --instruction-data "
+            "writes it."
+        )
 
 
 def check_instruction_dataset(prefix: str) -> None:

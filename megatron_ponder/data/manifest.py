@@ -2,7 +2,8 @@
 
     format       version of this file
     inputs       path, bytes and SHA-256 of every input file
-    tokenizer    kind, SHA-256 of its content, vocabulary size and end id
+    tokenizer    kind, SHA-256 of its content, vocabulary size and end id; choices (--add-bos)
+    losses       characters that the ids do not give back, by kind
     options      options that affect the result
     documents    read = written + the sum of rejected, which has a count per kind
     datasets     for each: documents, sequences, tokens, dtype, size and SHA-256 of its files
@@ -12,7 +13,7 @@ Two runs on the same input write identical manifests.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,35 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
     }
+
+
+def check_tokenizer(dataset: str | Path, tokenizer: Tokenizer) -> None:
+    """Refuse a dataset whose manifest names another tokenizer than the one given.
+
+    Raises:
+        DataError: it does, or the manifest is invalid.
+    """
+    found = find_manifest(dataset)
+    told = found[1].get("tokenizer") if found else None
+    ours = tokenizer_entry(tokenizer)
+    if found is None or told is None or told == ours:
+        return
+    model = found[1].get("tokenizer_model")
+    raise DataError(
+        f"{dataset} was made with another tokenizer: with {describe_tokenizer(told)}"
+        f"{f' ({model})' if model else ''}, as {found[0]} says; the one given is "
+        f"{describe_tokenizer(ours)}. Give the tokenizer and the flags that the data was made "
+        "with, or preprocess the corpus again."
+    )
+
+
+def describe_tokenizer(entry: object) -> str:
+    """A tokenizer's identity for a message."""
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    values = {name: str(value)[:12] for name, value in entry.items() if name != "class"}
+    stated = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    return f"{entry.get('class')} [{stated}]"
 
 
 def hash_file(path: Path) -> str:

@@ -23,10 +23,10 @@ from typing import Any
 import numpy
 
 from megatron_ponder import log
-from megatron_ponder.config.schema import DataConfig, TokenizerType
+from megatron_ponder.config.schema import TokenizerConfig
 from megatron_ponder.data import manifest
 from megatron_ponder.data.conversations import ConversationEncoder
-from megatron_ponder.data.encoding import Encoder, Stream, TextEncoder
+from megatron_ponder.data.encoding import Encoder, Stream, TextEncoder, describe_losses
 from megatron_ponder.data.publishing import publish, refuse_existing, rejected_file, write_dataset
 from megatron_ponder.data.readers import (
     DEFAULT_MAX_DOCUMENT_BYTES,
@@ -55,7 +55,7 @@ EXAMPLES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
+class PreprocessConfig(TokenizerConfig):
     """Flags of tools/preprocess_data.py."""
 
     input: tuple[str, ...]
@@ -65,10 +65,6 @@ class PreprocessConfig:
     """Write PREFIX_KEY_document.bin, PREFIX_KEY_document.idx and PREFIX.manifest.json."""
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the text in each JSON object (in Parquet: columns). Each key becomes a dataset."""
-    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """Type of --tokenizer-model, as in training."""
-    tokenizer_model: str | None = None
-    """Tokenizer file, as in training. Required except for NullTokenizer."""
     vocab_size: int | None = None
     """Vocabulary size of NullTokenizer; ignored for others."""
     word_cache: bool = False
@@ -114,6 +110,8 @@ class PreprocessSummary:
     """Rejected documents, by kind."""
     num_tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Tokens by stream, end ids included."""
+    losses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """What the ids do not give back (Encoder.losses)."""
     num_text_bytes: int = 0
     """Uncompressed bytes of the documents written."""
     num_chunks: int = 0
@@ -131,6 +129,7 @@ class PreprocessSummary:
         self.num_written += header.num_written
         self.rejected.update(record["kind"] for record in header.rejected)
         self.num_tokens.update(header.num_tokens)
+        self.losses.update(header.losses)
         self.num_text_bytes += header.num_text_bytes
         self.num_chunks += 1
         self.num_reused += is_reused
@@ -164,8 +163,10 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
             raise DataError(
                 f"--input {' '.join(config.input)}: no document with any text. Give other inputs."
             )
-        _join(prefix, sources, encoder.streams, plan, summary, work)
+        _join(config, sources, encoder.streams, plan, summary, work)
         work.remove()
+    if summary.losses:
+        logger.warning("%s", describe_losses(summary.losses))
     return summary
 
 
@@ -279,7 +280,7 @@ def _shards(
 
 
 def _join(
-    prefix: Path,
+    config: PreprocessConfig,
     sources: Sequence[Source],
     streams: Sequence[Stream],
     plan: dict[str, Any],
@@ -287,6 +288,7 @@ def _join(
     work: WorkFolder,
 ) -> None:
     """Join all shards and publish the outputs."""
+    prefix = Path(config.output_prefix)
     shards = []
     for index in range(summary.num_chunks):
         shard = read_shard(work.shard(index), streams)
@@ -311,12 +313,14 @@ def _join(
             for s in sources
         ],
         "tokenizer": plan["tokenizer"],
+        "tokenizer_model": config.tokenizer_model,
         "options": plan["options"],
         "documents": {
             "read": summary.num_read,
             "written": summary.num_written,
             "rejected": dict(sorted(summary.rejected.items())),
         },
+        "losses": dict(sorted(summary.losses.items())),
         "text_bytes": summary.num_text_bytes,
         "datasets": datasets,
     }
@@ -355,8 +359,7 @@ def build_encoder(config: PreprocessConfig) -> Encoder:
     Raises:
         DataError: the tokenizer is invalid.
     """
-    data = DataConfig(tokenizer_type=config.tokenizer_type, tokenizer_model=config.tokenizer_model)
-    tokenizer = build_tokenizer(data, config.vocab_size)
+    tokenizer = build_tokenizer(config, config.vocab_size)
     if config.word_cache:
         tokenizer = word_cached(tokenizer, Path(config.tokenizer_model or ""))
     if config.instruction_data:

@@ -16,15 +16,13 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
+from megatron_ponder.data.tokenizer_json import NEVER
+from megatron_ponder.data.tokenizers import BLANK
 from megatron_ponder.errors import DataError
 from megatron_ponder.files import write_text
 
 logger = logging.getLogger(__name__)
 
-BLANK = "\u2581"
-"""SentencePiece's symbol for a space."""
-NEVER = -1e6
-"""Log probability of pieces that must not be recognised in text."""
 MAX_TEXTS_COMPARED = 2000
 
 

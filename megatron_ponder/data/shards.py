@@ -45,6 +45,8 @@ class ShardHeader:
     """Lines for PREFIX.rejected.jsonl. read = written + rejected."""
     num_tokens: dict[str, int]
     """Tokens by stream."""
+    losses: dict[str, int]
+    """What the ids do not give back (Encoder.losses)."""
     checksum: int
     """CRC-32 of everything after the header."""
 
@@ -109,6 +111,7 @@ def write_shard(path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: 
         DataError: a document has more tokens than the format can hold.
     """
     num_read = num_text_bytes = 0
+    encoder.losses.clear()
     rejected: list[dict[str, Any]] = []
     columns: list[list[numpy.ndarray]] = [[] for _ in encoder.streams]
     for batch in _batches(chunk.documents(max_document_bytes)):
@@ -144,6 +147,7 @@ def write_shard(path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: 
         num_text_bytes=num_text_bytes,
         rejected=rejected,
         num_tokens={s.name: sections[2 * i + 1].size for i, s in enumerate(encoder.streams)},
+        losses=dict(encoder.losses),
         checksum=checksum,
     )
     content = json.dumps(dataclasses.asdict(header)).encode()

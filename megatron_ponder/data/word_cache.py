@@ -12,10 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_ponder.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from megatron_ponder.data.tokenizers import BLANK, SentencePieceTokenizer, Tokenizer
 from megatron_ponder.errors import DataError
 
-BLANK = "\u2581"
 WORD = re.compile(r" *[^ ]+| +")
 LONGEST_CACHED_CHARS = 48
 MAX_WORDS = 1 << 20
@@ -41,14 +40,12 @@ def word_cached(tokenizer: Tokenizer, model_file: Path) -> Tokenizer:
     return _WordCachedTokenizer(tokenizer)
 
 
-class _WordCachedTokenizer(Tokenizer):
+class _WordCachedTokenizer(SentencePieceTokenizer):
     """Tokenizes word by word, with a cache."""
 
     def __init__(self, inner: SentencePieceTokenizer) -> None:
-        self._inner = inner
+        vars(self).update(vars(inner))
         self._words = _Words(inner)
-        self.vocab_size, self.eod = inner.vocab_size, inner.eod
-        self.unique_identifiers = inner.unique_identifiers
 
     def tokenize(self, text: str) -> list[int]:
         """See Tokenizer."""
@@ -58,9 +55,9 @@ class _WordCachedTokenizer(Tokenizer):
         words = WORD.findall(text.replace(BLANK, " "))
         return list(itertools.chain.from_iterable(map(self._words.__getitem__, words)))
 
-    def detokenize(self, ids: Sequence[int]) -> str:
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See Tokenizer."""
-        return self._inner.detokenize(ids)
+        return [self.tokenize(text) for text in texts]
 
 
 class _Words(dict[str, list[int]]):

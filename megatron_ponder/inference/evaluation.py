@@ -22,6 +22,8 @@ from torch import Tensor
 
 from megatron_ponder import log
 from megatron_ponder.data.indexed import check_indexed_dataset
+from megatron_ponder.data.instruction_dataset import check_kind
+from megatron_ponder.data.manifest import check_tokenizer
 from megatron_ponder.data.readers import read_documents
 from megatron_ponder.data.sources import find_inputs
 from megatron_ponder.data.tokenizers import Tokenizer
@@ -206,6 +208,8 @@ def _read_stream(loaded: LoadedModel, options: EvaluateOptions) -> Stream:
 def _indexed_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, int]]:
     """Ids and UTF-8 bytes of each document of a dataset."""
     check_indexed_dataset(prefix)
+    check_tokenizer(prefix, tokenizer)
+    check_kind(prefix, instruction_data=False)
     dataset = IndexedDataset(prefix)
     for index in range(len(dataset)):
         ids = torch.from_numpy(dataset[index].astype(numpy.int64))
@@ -217,14 +221,15 @@ def _text_documents(paths: tuple[str, ...], tokenizer: Tokenizer) -> Iterator[tu
     for document in read_documents(find_inputs(paths), "auto"):
         (text,) = document.texts(["text"])
         yield (
-            torch.tensor([*tokenizer.tokenize(text), tokenizer.eod]),
+            torch.tensor([*tokenizer.begin, *tokenizer.tokenize(text), tokenizer.eod]),
             len(text.encode()),
         )
 
 
 def _num_bytes(tokenizer: Tokenizer, ids: Tensor) -> int:
-    """UTF-8 bytes of the text that ids stand for; the end of a document stands for none."""
-    return len(tokenizer.detokenize(ids[ids != tokenizer.eod].tolist()).encode())
+    """UTF-8 bytes of the text that ids stand for; begin and end of a document stand for none."""
+    bounds = {tokenizer.eod, *tokenizer.begin}
+    return len(tokenizer.detokenize([i for i in ids.tolist() if i not in bounds]).encode())
 
 
 def _dump_logits(loaded: LoadedModel, options: EvaluateOptions) -> dict[str, Any]:

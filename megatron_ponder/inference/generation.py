@@ -23,6 +23,7 @@ from megatron_ponder.inference.loading import LoadedModel, loaded_model
 from megatron_ponder.inference.options import GenerateOptions, SamplingOptions
 from megatron_ponder.inference.sampling import choose
 from megatron_ponder.inference.streaming import TextStream
+from megatron_ponder.runtime.device import device
 
 END, MAX_NEW_TOKENS, MAX_POSITIONS = "end", "max_new_tokens", "max_positions"
 """Why a text has ended."""
@@ -107,6 +108,7 @@ def generate(
     *,
     end_id: int | None,
     use_cache: bool,
+    unused: Tensor | None = None,
 ) -> Iterator[tuple[GrowingText, int]]:
     """Continue a batch of texts until all have ended, the same on all ranks.
 
@@ -116,6 +118,7 @@ def generate(
         sampling: how to choose, and how many tokens at most.
         end_id: a text ends before this id; None: never.
         use_cache: whether keys and values are kept.
+        unused: bool [v], rows of the vocabulary that no token has; None: all are tokens.
 
     Yields:
         A text and the token that was put behind it.
@@ -124,7 +127,7 @@ def generate(
     with continuation(loaded.model, loaded.plan, use_cache=use_cache) as growing:
         logits = growing.begin([text.prompt for text in rows])
         while True:
-            chosen = choose(logits, sampling, [text.generator for text in rows])
+            chosen = choose(logits, sampling, [text.generator for text in rows], unused)
             for text, token in zip(rows, chosen, strict=True):
                 if token == end_id:
                     text.finish_reason = END
@@ -181,7 +184,7 @@ def _start(
     """The prompts as ids; an empty one begins a new document."""
     texts = []
     for number, prompt in enumerate(prompts):
-        ids = torch.tensor(tokenizer.tokenize(prompt) or [tokenizer.eod])
+        ids = torch.tensor([*tokenizer.begin, *tokenizer.tokenize(prompt)] or [tokenizer.eod])
         source = "the prompt" if len(prompts) == 1 else f"prompt {number + 1}"
         loaded.check_ids(ids, source)
         if loaded.max_tokens is not None and len(ids) > loaded.max_tokens:
@@ -236,10 +239,25 @@ def _generate(
     texts: Sequence[GrowingText],
     options: GenerateOptions,
 ) -> Iterator[tuple[GrowingText, int]]:
-    """`generate` with the tokenizer's end id."""
+    """`generate` with the tokenizer's end id, among its tokens."""
     return generate(
-        loaded, texts, options.sampling, end_id=tokenizer.eod, use_cache=options.use_cache
+        loaded,
+        texts,
+        options.sampling,
+        end_id=tokenizer.eod,
+        use_cache=options.use_cache,
+        unused=_unused_rows(tokenizer, loaded.vocab_size),
     )
+
+
+def _unused_rows(tokenizer: Tokenizer, vocab_size: int) -> Tensor | None:
+    """Rows of the vocabulary that no token has, bool [v]; None if every row is a token's."""
+    ids = tokenizer.token_ids()
+    if len(ids) == vocab_size:
+        return None
+    unused = torch.ones(vocab_size, dtype=torch.bool)
+    unused[list(ids)] = False
+    return unused.to(device())
 
 
 def _text(tokenizer: Tokenizer, text: GrowingText) -> str:

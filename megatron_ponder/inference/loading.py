@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ponder.checkpoint.reader import load_weights, locate
+from megatron_ponder.checkpoint.reader import check_trained_tokenizer, load_weights, locate
 from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolve import resolve_for_inference
 from megatron_ponder.config.resolved import ResolvedConfig
@@ -95,7 +95,10 @@ class LoadedModel:
         Raises:
             DataError: it is not where it was, or is another one.
         """
-        tokenizer = build_tokenizer(self.config.data, self.config.model.vocab_size)
+        # NullTokenizer's size is the given one: method pause may have added a row since.
+        given = read_config(self.checkpoint).given.model.vocab_size
+        tokenizer = build_tokenizer(self.config.data, given)
+        check_trained_tokenizer(self.checkpoint, tokenizer)
         if tokenizer.vocab_size > self.vocab_size:
             raise DataError(
                 f"--tokenizer-model {self.config.data.tokenizer_model}: has {tokenizer.vocab_size} "

@@ -7,7 +7,10 @@ from megatron_ponder.inference.options import SamplingOptions
 
 
 def choose(
-    logits: Tensor, options: SamplingOptions, generators: list[torch.Generator]
+    logits: Tensor,
+    options: SamplingOptions,
+    generators: list[torch.Generator],
+    unused: Tensor | None = None,
 ) -> list[int]:
     """The next token of each text.
 
@@ -16,7 +19,10 @@ def choose(
         options: temperature, top_k, top_p.
         generators: of the draws, on the CPU, one per text, so that what is drawn for a text does
             not depend on its company; not used by greedy choice.
+        unused: bool [v], rows of the vocabulary that no token has; they are never chosen.
     """
+    if unused is not None:
+        logits = logits.masked_fill(unused, -torch.inf)
     if options.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     # The CPU draws: its generators give the same numbers everywhere.

@@ -30,8 +30,9 @@ from megatron_ponder.data.datasets import (
     training_fingerprint,
 )
 from megatron_ponder.data.loader import build_loader
-from megatron_ponder.data.tokenizers import build_tokenizer
-from megatron_ponder.errors import DataError
+from megatron_ponder.data.manifest import describe_tokenizer, tokenizer_entry
+from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ponder.errors import ConfigError, DataError
 from megatron_ponder.model.size import count_parameters, forward_flops
 from megatron_ponder.optim.adamw import build_optimizer
 from megatron_ponder.parallel.parallel_model import build_parallel_model
@@ -69,6 +70,11 @@ def run(config: RunConfig) -> None:
         world_size=world_size_from_environment(),
         tokenizer_vocab_size=tokenizer.vocab_size,
     )
+    if config.method.uses_pause_token and config.method.pause_token_id in tokenizer.begin:
+        raise ConfigError(
+            f"--pause-token-id {config.method.pause_token_id}: is also the begin token. "
+            "Give another row, or leave --add-bos out."
+        )
     with running(config.parallel, config.training.seed):
         log_choices(use_backends(config))
         prepare_folder(config)
@@ -81,6 +87,7 @@ def run(config: RunConfig) -> None:
             validation_sets = build_validation_sets(config, tokenizer, num_samples[1])
         training_state = build_training_state(config)
         _describe(config, training_state)
+        _describe_tokenizer(config, tokenizer)
         progress = Progress(data=fingerprint)
         if checkpoint is not None:
             progress = load_checkpoint(
@@ -204,3 +211,21 @@ def _describe(config: ResolvedConfig, training_state: TrainingState) -> None:
         flops / seq_length,
         training.global_batch_size * seq_length,
     )
+
+
+def _describe_tokenizer(config: ResolvedConfig, tokenizer: Tokenizer) -> None:
+    """Log the tokenizer, and how many rows of the vocabulary no token uses."""
+    num_rows, num_ids = config.model.vocab_size, len(tokenizer.token_ids())
+    logger.info(
+        "tokenizer: %s; end of document %d, begin %s",
+        describe_tokenizer(tokenizer_entry(tokenizer)),
+        tokenizer.eod,
+        " ".join(map(str, tokenizer.begin)) or "none",
+    )
+    if num_ids < num_rows:
+        logger.info(
+            "vocabulary: %d of %d rows belong to no token and are never targets; generation does "
+            "not draw them",
+            num_rows - num_ids,
+            num_rows,
+        )
