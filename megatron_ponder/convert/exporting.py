@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ponder import log
-from megatron_ponder.checkpoint.reader import locate
+from megatron_ponder.checkpoint.reader import check_trained_tokenizer, locate
 from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolve import resolve_for_inference
 from megatron_ponder.config.resolved import ResolvedConfig
@@ -59,6 +59,8 @@ def export_checkpoint(options: ExportOptions) -> None:
     tokenizer = None
     if not options.without_tokenizer:
         tokenizer = load_run_tokenizer(config.data, config.model.vocab_size)
+    if tokenizer is not None:
+        check_trained_tokenizer(checkpoint, tokenizer)
     ids = token_ids(tokenizer)
     stock = build_huggingface_config(config) | {"torch_dtype": STORED_NAMES[dtype]} | ids
     if options.verify:

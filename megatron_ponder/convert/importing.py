@@ -148,9 +148,9 @@ def _build_config(
         options.tokenizer_model,
         options.tokenizer_type,
     )
-    tokenizer = {}
+    tokenizer: dict[str, Any] = {}
     if found is not None:
-        tokenizer = {"tokenizer_type": found.kind, "tokenizer_model": str(found.path)}
+        tokenizer = found.settings
     dtypes = {tensor.dtype for tensor in files.tensors.values()}
     if len(dtypes) > 1 or dtypes - {torch.float32, torch.bfloat16}:
         logger.info("weights stored as fp32, which holds every %s", " and ".join(map(str, dtypes)))

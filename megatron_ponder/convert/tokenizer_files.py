@@ -14,8 +14,9 @@ from typing import Any
 
 from megatron_ponder.config.schema import DataConfig, TokenizerType
 from megatron_ponder.data.sentencepiece_export import export_tokenizer
-from megatron_ponder.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ponder.data.tokenizers import HuggingFaceTokenizer, Tokenizer, build_tokenizer
 from megatron_ponder.errors import ConversionError, DataError
+from megatron_ponder.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,15 @@ class FoundTokenizer:
     kind: TokenizerType
     path: Path
     tokenizer: Tokenizer
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings that name it."""
+        return {
+            "tokenizer_type": self.kind,
+            "tokenizer_model": str(self.path),
+            "tokenizer_hf_include_special_tokens": bool(self.tokenizer.begin),
+        }
 
 
 def find_tokenizer(
@@ -86,7 +96,18 @@ def _kind_of(path: Path) -> TokenizerType:
 
 
 def _load(path: Path, kind: TokenizerType) -> Tokenizer:
-    return build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=str(path)))
+    """A tokenizer that begins texts as its file says, since the model has learnt that."""
+    config = DataConfig(tokenizer_type=kind, tokenizer_model=str(path))
+    if kind == "HuggingFaceTokenizer":
+        try:
+            return build_tokenizer(
+                dataclasses.replace(config, tokenizer_hf_include_special_tokens=True)
+            )
+        except DataError as error:
+            tokenizer = build_tokenizer(config)
+            logger.warning("%s", error)
+            return tokenizer
+    return build_tokenizer(config)
 
 
 def check_fit(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
@@ -134,28 +155,43 @@ def write_tokenizer(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> Non
         logger.warning("a tiktoken vocabulary has no form that transformers loads: left out")
     elif data.tokenizer_type == "SentencePieceTokenizer":
         try:
-            export_tokenizer(path, folder, SAMPLE_TEXTS)
+            export_tokenizer(path, folder, SAMPLE_TEXTS, add_bos=data.add_bos)
         except DataError as error:
             raise ConversionError(f"{error} Or export --without-tokenizer.") from None
         shutil.copyfile(path, folder / MODEL_FILE)
     else:
-        _copy_json(path, tokenizer, folder)
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        _copy_json(path, data, tokenizer, folder)
 
 
-def _copy_json(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
-    """A tokenizers JSON and what lies beside it."""
+def _copy_json(path: Path, data: DataConfig, tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
+    """A tokenizers JSON that gives the run's ids, and what lies beside it."""
     file = path / JSON_FILE if path.is_dir() else path
-    shutil.copyfile(file, folder / JSON_FILE)
+    write_text(folder / JSON_FILE, tokenizer.content)
     for name in _BESIDE_JSON if file.name == JSON_FILE else ():
         if (file.parent / name).is_file():
             shutil.copyfile(file.parent / name, folder / name)
-    if not (folder / CONFIG_FILE).is_file():
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.detokenize([tokenizer.eod]),
-            "clean_up_tokenization_spaces": False,
-        }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    stored = folder / CONFIG_FILE
+    config = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    has_template = "chat_template" in config or (folder / "chat_template.jinja").is_file()
+    if has_template and not data.parse_special_tokens:
+        logger.warning(
+            "the tokenizer has a chat template, which spells special tokens: the exported one "
+            "reads them in every text. Give split_special_tokens=True for text that users write"
+        )
+    for key in ("add_bos_token", "add_eos_token"):
+        config.pop(key, None)  # the post-processor in the JSON says it
+    ends = {"eos_token": tokenizer.detokenize([tokenizer.eod])}
+    if tokenizer.begin:
+        ends["bos_token"] = tokenizer.detokenize(tokenizer.begin[-1:])
+    config = {**ends, "clean_up_tokenization_spaces": False} | {
+        key: value for key, value in config.items() if value is not None
+    }
+    # The run's ids are those of the JSON; other classes may build a tokenizer of their own.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    config["split_special_tokens"] = not (data.parse_special_tokens or has_template)
+    write_text(stored, json.dumps(config, indent=1) + "\n")
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -163,7 +199,7 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return {
-        "bos_token_id": tokenizer.eod,
+        "bos_token_id": tokenizer.begin[-1] if tokenizer.begin else tokenizer.eod,
         "eos_token_id": tokenizer.eod,
         "pad_token_id": tokenizer.eod,
     }

@@ -143,7 +143,7 @@ def _checked(config: ResolvedConfig, tokenizer: Tokenizer, prefix: str) -> Index
         check_tokenizer(prefix, tokenizer)
     except DataError as error:
         if not config.checkpoint.override_data:
-            raise
+            raise DataError(f"{error} --override-data trains on it as it is.") from None
         logger.warning("--override-data: %s", error)
     return size
 

@@ -1,8 +1,8 @@
 """Exports a SentencePiece model as a Hugging Face tokenizer with the same pieces and ids.
 
 For models as tools/train_tokenizer.py trains them: no normalisation, no dummy prefix, byte
-fallback. As in SentencePiece, control pieces are not recognised in text; transformers, however,
-recognises the end token once it has loaded the folder. Not covered: chat templates.
+fallback. As in SentencePiece, control pieces are not recognised in text. Not covered: chat
+templates.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from megatron_ponder.data.tokenizer_json import NEVER
 from megatron_ponder.data.tokenizers import BLANK
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 MAX_TEXTS_COMPARED = 2000
 
 
-def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> None:
+def export_tokenizer(
+    model_file: Path, folder: Path, texts: Sequence[str], *, add_bos: bool = False
+) -> None:
     """Write tokenizer.json and tokenizer_config.json.
 
     Args:
@@ -34,6 +36,7 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
         folder: destination; created if missing.
         texts: texts on which both must give the same ids. With a unigram model two segmentations
             can be equally likely and the libraries may differ; this is logged as a warning.
+        add_bos: begin every text with the begin piece, as the data was made.
 
     Raises:
         DataError: the ids differ.
@@ -58,17 +61,26 @@ def export_tokenizer(model_file: Path, folder: Path, texts: Sequence[str]) -> No
             num_ties,
             min(len(texts), MAX_TEXTS_COMPARED),
         )
+    begin = end = model.id_to_piece(model.eos_id())
+    if add_bos:
+        begin = model.id_to_piece(model.bos_id())
+        exported.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A"],
+            pair=[begin, "$A", "$B"],
+            special_tokens=[(begin, model.bos_id())],
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "tokenizer.json", exported.to_str())
-    end = model.id_to_piece(model.eos_id())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # Training has no begin token: each document follows the end token of the previous one.
-        "bos_token": end,
+        # Without a begin token each document follows the end token of the previous one.
+        "bos_token": begin,
         "eos_token": end,
         "pad_token": end,
         "unk_token": model.id_to_piece(model.unk_id()),
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 

@@ -1,7 +1,8 @@
 """Trains a lossless SentencePiece tokenizer: decode(encode(text)) == text.
 
 No normalisation, no white space removed or added, byte fallback for characters outside the
-vocabulary. So source code, tables and text in any language are preserved.
+vocabulary. So source code, tables and text in any language are preserved. The one exception is
+U+2581, SentencePiece's own symbol for a space, which comes back as a space.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import heapq
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +27,14 @@ from megatron_ponder.data.readers import (
 )
 from megatron_ponder.data.sentencepiece_export import export_tokenizer
 from megatron_ponder.data.sources import Source, find_inputs, total_bytes
+from megatron_ponder.data.tokenizers import BLANK
 from megatron_ponder.errors import DataError
 from megatron_ponder.files import published
 
 logger = logging.getLogger(__name__)
 
+SKIPPED = "\u2585"
+"""SentencePiece leaves texts with this character out of its training."""
 PAUSE_ID = 1
 """Id of the pause piece, if one is reserved: that of the unused begin-of-sequence piece."""
 
@@ -89,6 +93,7 @@ def train_sentencepiece(config: TokenizerTrainingConfig) -> None:
         if file is not None and file.exists() and not config.overwrite:
             raise DataError(f"{file}: exists already; give --overwrite to replace it.")
     texts = sample_texts(config)
+    _say_losses(texts)
     logger.info("training %d %s pieces ...", config.vocab_size, config.model_type)
     sentencepiece.set_random_generator_seed(config.seed)
     model = io.BytesIO()
@@ -123,6 +128,25 @@ def train_sentencepiece(config: TokenizerTrainingConfig) -> None:
         unfinished.write_bytes(model.getvalue())
     if exported is not None:
         export_tokenizer(output, exported.parent, texts)
+
+
+def _say_losses(texts: Sequence[str]) -> None:
+    """Warn of characters that SentencePiece uses itself."""
+    num_skipped = sum(SKIPPED in text for text in texts)
+    if num_skipped:
+        logger.warning(
+            "SentencePiece does not train on texts with U+2585, which it reserves: %d of %d texts "
+            "are left out. Tokenizing such texts loses nothing",
+            num_skipped,
+            len(texts),
+        )
+    num_blanks = sum(text.count(BLANK) for text in texts)
+    if num_blanks:
+        logger.warning(
+            "the text has U+2581, SentencePiece's symbol for a space, %d times: the tokenizer "
+            "reads it as a space",
+            num_blanks,
+        )
 
 
 def sample_texts(config: TokenizerTrainingConfig) -> list[str]:

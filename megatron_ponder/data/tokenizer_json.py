@@ -36,7 +36,8 @@ class JsonTokenizer:
 
     model: tokenizers.Tokenizer
     content: str
-    """JSON that gives these ids; the file's own where nothing had to be corrected."""
+    """JSON from which other programs get these ids, `begin` included; the file's own text where
+    nothing had to be changed."""
     eod: int
     """Id of the end token."""
     begin: tuple[int, ...]
@@ -60,11 +61,10 @@ def load_json_tokenizer(file: Path, config: TokenizerConfig) -> JsonTokenizer:
     text = _read(file)
     content = _parse(file, text)
     named = read_named_tokens(file.with_name(CONFIG_NAME))
-    corrected = _corrected(content, named, parse_special=config.parse_special_tokens)
+    corrected = dict(_corrected(content, named, parse_special=config.parse_special_tokens))
     with library_calls(functools.partial(_not_a_tokenizer, file)):
-        if corrected != content:
-            text = json.dumps(corrected, ensure_ascii=False)
-        model = tokenizers.Tokenizer.from_str(text)
+        is_same = corrected == content
+        model = tokenizers.Tokenizer.from_str(text if is_same else json.dumps(corrected))
         vocabulary = model.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise _not_a_tokenizer(file, "it has no tokens")
@@ -77,12 +77,16 @@ def load_json_tokenizer(file: Path, config: TokenizerConfig) -> JsonTokenizer:
     # Named tokens count as special also where the file has them as ordinary ones.
     model.add_special_tokens([name for name in named.values() if name in vocabulary])
     model.encode_special_tokens = not config.parse_special_tokens
+    begin = _begin(file, model, vocabulary, named, config)
+    adds = begin or model.num_special_tokens_to_add(is_pair=False)
+    if adds and not config.tokenizer_hf_include_special_tokens:
+        corrected["post_processor"] = _template([(model.id_to_token(i), i) for i in begin])
     spelled = set() if config.parse_special_tokens else _spelled(corrected)
     return JsonTokenizer(
         model=model,
-        content=text,
+        content=text if corrected == content else json.dumps(corrected, ensure_ascii=False),
         eod=_end_token(file, vocabulary, named),
-        begin=_begin(file, model, vocabulary, named, config),
+        begin=begin,
         ids=frozenset(vocabulary.values()),
         refused=frozenset(vocabulary[name] for name in _special(content, named) & spelled),
     )
@@ -293,6 +297,20 @@ def _begin(
             "would end documents and prompts twice. Use --add-bos and --append-eod instead."
         )
     return begin
+
+
+def _template(begin: list[tuple[str, int]]) -> dict[str, Any]:
+    """A post-processor that puts tokens before a text."""
+    first = [{"SpecialToken": {"id": token, "type_id": 0}} for token, _ in begin]
+    parts = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, parts[0]],
+        "pair": [*first, *parts],
+        "special_tokens": {
+            token: {"id": token, "ids": [number], "tokens": [token]} for token, number in begin
+        },
+    }
 
 
 def _not_in_vocabulary(file: Path, role: str, name: str) -> DataError:

@@ -55,7 +55,7 @@ def resume(folder: Path, **changes: Any) -> tuple[int, str, str]:
         ({"split": "80,20,0"}, "split: 90,10,0 in the checkpoint, 80,20,0 now"),
         ({"seq_length": 16, "max_position_embeddings": 32}, "seq length: 32 in the checkpoint, 16"),
         ({"seed": 5}, "seed: 1234 in the checkpoint, 5 now"),
-        ({"vocab_size": 63}, "tokenizer: "),
+        ({"vocab_size": 63}, "made with another tokenizer: with NullTokenizer [vocab size 64, "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

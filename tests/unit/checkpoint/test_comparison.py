@@ -9,6 +9,7 @@ from megatron_ponder.checkpoint.comparison import (
     FREE_SETTINGS,
     RUN_SETTINGS,
     SHAPE_SETTINGS,
+    data_differences,
     other_differences,
     shape_differences,
 )
@@ -132,3 +133,13 @@ def test_other_changes_are_reported_unless_they_do_nothing() -> None:
         "min_lr: 0.0001 in the checkpoint, 0.0002 now",
     ]
     assert not shape_differences(before, now)
+
+
+def test_the_tokenizer_of_the_data_includes_its_end_and_begin_ids() -> None:
+    stored = {"class": "HuggingFaceTokenizer", "sha256": "a"}
+    now = {"tokenizer": {**stored, "eod": "1"}}
+    assert not data_differences({"tokenizer": stored}, now)  # by a version that stored no end id
+    assert not data_differences(now, now)
+    for changes in ({"eod": "0"}, {"sha256": "b"}, {"begin": "0"}):
+        assert data_differences(now, {"tokenizer": {**now["tokenizer"], **changes}})
+        assert data_differences({"tokenizer": {**now["tokenizer"], **changes}}, now)

@@ -10,7 +10,12 @@ import torch
 from megatron_ponder.data.conversations import conversation_parts
 from megatron_ponder.data.documents import DocumentError, RawDocument
 from megatron_ponder.data.indexed import check_indexed_dataset
-from megatron_ponder.data.instruction_dataset import InstructionDataset, check_instruction_dataset
+from megatron_ponder.data.instruction_dataset import (
+    InstructionDataset,
+    check_instruction_dataset,
+    check_kind,
+    mask_prefix,
+)
 from megatron_ponder.errors import DataError
 from tests.unit.data import corpora
 from tests.unit.data.corpora import run_preprocess
@@ -188,3 +193,37 @@ def test_a_mask_of_other_conversations_is_refused(tmp_path: Path, tokenizer_mode
         check_instruction_dataset(f"{tmp_path}/a/chat_instruction_document")
     with pytest.raises(DataError, match="ends in instruction_document"):
         check_instruction_dataset(corpora.write_ids(tmp_path / "ids", [[1, 2]]))
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_conversations_and_documents_are_told_apart(
+    has_manifest: bool, tmp_path: Path, tokenizer_model: str
+) -> None:
+    chat = write(tmp_path, tokenizer_model, CONVERSATIONS)
+    corpus = corpora.write_json_lines(tmp_path / "d.jsonl", [{"instruction": "bak"}])
+    # The key makes documents look like conversations by name.
+    run_preprocess(
+        corpus, tmp_path / "d", json_keys=("instruction",), tokenizer_model=tokenizer_model
+    )
+    documents = f"{tmp_path}/d_instruction_document"
+    if not has_manifest:
+        for manifest in tmp_path.glob("*.manifest.json"):
+            manifest.unlink()
+    check_kind(chat, instruction_data=True)
+    check_kind(documents, instruction_data=False)
+    for prefix in (chat, f"{tmp_path}/chat_instruction_loss_mask"):
+        with pytest.raises(DataError, match="holds conversations.*Give --instruction-data"):
+            check_kind(prefix, instruction_data=False)
+    with pytest.raises(DataError, match="not a dataset of conversations. Leave"):
+        check_kind(documents, instruction_data=True)
+
+
+def test_conversations_begin_with_the_begin_id(tmp_path: Path, tokenizer_model: str) -> None:
+    plain = corpora.read_documents(write(tmp_path, tokenizer_model, CONVERSATIONS))
+    (tmp_path / "bos").mkdir()
+    prefix = write(tmp_path / "bos", tokenizer_model, CONVERSATIONS, add_bos=True)
+    assert corpora.read_documents(prefix) == [[1, *ids] for ids in plain]
+    masks = corpora.read_documents(mask_prefix(prefix))
+    assert all(
+        mask[0] == 0 and len(mask) == len(ids) + 1 for mask, ids in zip(masks, plain, strict=True)
+    )

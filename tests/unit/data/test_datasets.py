@@ -274,3 +274,14 @@ def test_an_empty_split_of_which_nothing_is_wanted_is_no_problem(tmp_path: Path)
     path = corpora.write_ids(tmp_path / "data", [[1] * 30] * 4)
     train, valid, test = sequences((4, 0, 0), data_path=(path,), split="969,30,1")
     assert train and valid is None and test is None
+
+
+def test_data_of_another_tokenizer_is_refused_with_both_named(folder: Path) -> None:
+    data = prefix(folder, "low")
+    with pytest.raises(DataError) as caught:
+        build_datasets(_config(data_path=(data,)), NullTokenizer(VOCAB_SIZE + 1), (1, 0, 0))
+    for named in ("low.manifest.json", "[vocab size 100, eod 99]", "[vocab size 101, eod 100]"):
+        assert named in str(caught.value)
+    with pytest.raises(DataError, match="another tokenizer"):
+        config = _config(valid_data_path=(data,), train_data_path=(data,))
+        build_validation_sets(config, NullTokenizer(VOCAB_SIZE + 1), 1)

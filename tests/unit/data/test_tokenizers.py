@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,17 @@ def test_training_text_is_an_even_sample_in_the_order_of_the_input(tmp_path: Pat
     assert places[0] < len(everything) / 5 and places[-1] > len(everything) * 4 / 5
     assert sample(tmp_path, max_train_bytes=20_000) == some
     assert sample(tmp_path, max_train_bytes=20_000, seed=2) != some
+
+
+def test_training_says_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = [*corpora.texts(), "x\u2585y", "a\u2581b\u2581"]
+    corpus = corpora.write_json_lines(tmp_path / "c.jsonl", texts)
+    config = TokenizerTrainingConfig(
+        input=(corpus,), output=str(tmp_path / "t.model"), vocab_size=300
+    )
+    train_sentencepiece(config)
+    assert re.search("U\\+2585, which it reserves: 1 of [0-9]+ texts", caplog.text)
+    assert "symbol for a space, 2 times" in caplog.text
 
 
 def test_training_text_is_as_strict_as_preprocessing(tmp_path: Path) -> None:

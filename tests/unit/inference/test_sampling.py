@@ -42,6 +42,14 @@ def test_tokens_are_drawn_as_often_as_they_should(settings: dict, expected: list
     assert shares(**settings) == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.9}])
+def test_rows_without_a_token_are_never_drawn(settings: dict) -> None:
+    options, generator = SamplingOptions(**settings), torch.Generator().manual_seed(0)
+    unused = torch.tensor([True, False, False, True])
+    drawn = {choose(LOGITS[None], options, [generator], unused)[0] for _ in range(200)}
+    assert drawn <= {1, 2} and (settings or drawn == {1, 2})
+
+
 def test_a_draw_does_not_depend_on_the_other_texts() -> None:
     options = SamplingOptions()
 
