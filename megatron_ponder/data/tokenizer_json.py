@@ -80,7 +80,7 @@ def load_json_tokenizer(file: Path, config: TokenizerConfig) -> JsonTokenizer:
     begin = _begin(file, model, vocabulary, named, config)
     adds = begin or model.num_special_tokens_to_add(is_pair=False)
     if adds and not config.tokenizer_hf_include_special_tokens:
-        corrected["post_processor"] = _template([(model.id_to_token(i), i) for i in begin])
+        corrected["post_processor"] = _template([(str(model.id_to_token(i)), i) for i in begin])
     spelled = set() if config.parse_special_tokens else _spelled(corrected)
     return JsonTokenizer(
         model=model,
