@@ -52,13 +52,14 @@ def find_checkpoint(config: CheckpointConfig) -> Path | None:
 
     Raises:
         CheckpointError: --load names a folder without the wanted checkpoint, unless it is also
-            --save and still empty; or the checkpoint is incomplete.
+            --save and still empty; or the checkpoint is incomplete; or it is a Hugging Face folder.
     """
     if config.load is None:
         return None
     folder = Path(config.load)
     is_own = config.save is not None and Path(config.save).resolve() == folder.resolve()
     if is_own and config.ckpt_step is None and storage.latest_iteration(folder) is None:
+        storage.refuse_huggingface(folder)
         return None
     return locate(folder, config.ckpt_step)
 

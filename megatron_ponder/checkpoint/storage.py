@@ -74,10 +74,8 @@ def choose_iteration(folder: Path, ckpt_step: int | None) -> int:
     stored = stored_iterations(folder)
     wanted = ckpt_step if ckpt_step is not None else latest_iteration(folder)
     if wanted is None:
-        raise CheckpointError(
-            f"--load {folder}: holds no checkpoint, there is no {LATEST_FILE} in it. Give a folder "
-            "that was --save of a run (not one of its iter_ folders)."
-        )
+        refuse_huggingface(folder)
+        raise CheckpointError(_no_checkpoint(folder))
     if wanted not in stored:
         source = "--ckpt-step asks" if ckpt_step is not None else f"{LATEST_FILE} asks"
         have = ", ".join(map(str, stored)) or "none"
@@ -86,6 +84,32 @@ def choose_iteration(folder: Path, ckpt_step: int | None) -> int:
             f"Stored iterations: {have}."
         )
     return wanted
+
+
+def refuse_huggingface(folder: Path) -> None:
+    """Refuse a folder that holds a Hugging Face model, where checkpoints are expected.
+
+    Raises:
+        CheckpointError: it does; the message names the command that converts it.
+    """
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: is a Hugging Face folder, not a checkpoint of this package. Convert it:\n"
+            f"  python tools/convert_checkpoint.py import --hf-path {folder} --save NEW\n"
+            "Then give NEW as --load."
+        )
+
+
+def _no_checkpoint(folder: Path) -> str:
+    """Why a folder cannot be loaded from."""
+    if not folder.is_dir():
+        return f"--load {folder}: there is no such folder."
+    if _ITERATION_FOLDER.fullmatch(folder.name):
+        return f"--load {folder}: give the folder above, with --ckpt-step for its iteration."
+    return (
+        f"--load {folder}: holds no checkpoint, there is no {LATEST_FILE} in it. Give a folder "
+        "that was --save of a run."
+    )
 
 
 def publish(folder: Path, iteration: int) -> Path:
@@ -132,6 +156,12 @@ def check_files(checkpoint: Path) -> None:
         CheckpointError: a file is missing or has another size.
     """
     sizes_path = checkpoint / SIZES_FILE
+    if not sizes_path.is_file() and not (checkpoint / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{checkpoint} was not written by this package: {SIZES_FILE} and {CONFIG_FILE} are "
+            "missing. Checkpoints of Megatron-LM cannot be loaded; convert the model to Hugging "
+            "Face's format with its own tools, then with tools/convert_checkpoint.py import."
+        )
     if not sizes_path.is_file():
         raise CheckpointError(
             f"{checkpoint} is incomplete: {SIZES_FILE} is missing. Copy the checkpoint again, or "

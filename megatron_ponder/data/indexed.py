@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy
 
+from megatron_ponder.data.missing_dataset import missing_dataset
 from megatron_ponder.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -128,12 +129,8 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
         DataError: a file is missing, truncated, has trailing bytes, or contradicts the other.
     """
     index, data = index_file(prefix), data_file(prefix)
-    for file in (index, data):
-        if not file.is_file():
-            raise DataError(
-                f"{file}: no such file. A dataset is named by its prefix, without .bin or .idx; "
-                "tools/preprocess_data.py writes one."
-            )
+    if not index.is_file() or not data.is_file():
+        raise missing_dataset(prefix)
     content = open_index(index)
     token_bytes = numpy.dtype(content.dtype).itemsize
     end = 0

@@ -82,7 +82,7 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     assert find_checkpoint(CheckpointConfig()) is None
     assert find_checkpoint(CheckpointConfig(save=folder, load=folder)) is None
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
         find_checkpoint(CheckpointConfig(load=folder))
     _publish(Path(folder), 5, 10)
     found = find_checkpoint(CheckpointConfig(save=folder, load=folder))
@@ -110,3 +110,28 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot create"):
         prepare_folder(small_config(save=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize("save", [None, "model"])
+def test_a_hugging_face_folder_names_the_command_that_converts_it(
+    save: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run would start from scratch in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"import --hf-path model --save NEW"):
+        find_checkpoint(CheckpointConfig(load="model", save=save))
+
+
+def test_other_folders_say_what_they_are(tmp_path: Path) -> None:
+    _publish(tmp_path, 5)
+    checkpoint = tmp_path / "iter_0000005"
+    with pytest.raises(CheckpointError, match="give the folder above, with --ckpt-step"):
+        find_checkpoint(CheckpointConfig(load=str(checkpoint)))
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        find_checkpoint(CheckpointConfig(load=str(tmp_path / "none")))
+    for name in (storage.SIZES_FILE, storage.CONFIG_FILE):
+        (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match="not written by this package.*Megatron-LM"):
+        find_checkpoint(CheckpointConfig(load=str(tmp_path)))
