@@ -29,6 +29,8 @@ Part = tuple[str, bool]
 class ConversationEncoder(Encoder):
     """Encodes conversations into ids and a loss mask."""
 
+    keys = ("messages", "prompt", "response", "role", "content")
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self._dtype = token_dtype(tokenizer.vocab_size)

@@ -83,6 +83,28 @@ class RawDocument:
             raise self.error("not_an_object", "not a JSON object")
         return record
 
+    def repeats_key(self, keys: Sequence[str]) -> bool:
+        """Whether an object of this JSON document states one of `keys` twice; the last value wins.
+
+        Only a document in which a key may occur twice is parsed for it.
+        """
+        if not self.is_json or not isinstance(self.content, bytes):
+            return False
+        is_escaped = b"\\u00" in self.content or not all(map(str.isascii, keys))
+        if not is_escaped and all(self.content.count(orjson.dumps(key)) < 2 for key in keys):
+            return False
+        repeated: set[str] = set()
+
+        def note(pairs: list[tuple[str, Any]]) -> None:
+            names = [name for name, _ in pairs]
+            repeated.update(key for key in keys if names.count(key) > 1)
+
+        try:
+            json.loads(self.content, object_pairs_hook=note)
+        except (ValueError, RecursionError):  # reported when the document is parsed
+            return False
+        return bool(repeated)
+
     def text_of(self, record: dict[str, Any], key: str) -> str:
         """The text under a key of this document's record, or of an object inside it.
 

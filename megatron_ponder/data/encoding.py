@@ -34,11 +34,15 @@ class Encoder(abc.ABC):
 
     streams: list[Stream]
     tokenizer: Tokenizer
+    keys: Sequence[str]
+    """Keys of JSON objects that are read."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.losses: collections.Counter[str] = collections.Counter()
         """What the ids do not give back: `texts`, and characters by kind (Tokenizer.losses)."""
+        self.text_bytes: collections.Counter[str] = collections.Counter()
+        """UTF-8 bytes of the texts that are kept, by stream."""
 
     def count_losses(self, texts: Sequence[str], ids: Sequence[list[int]]) -> None:
         """Count what is lost in the texts of a document that is kept."""
@@ -56,7 +60,7 @@ class TextEncoder(Encoder):
 
     def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
         super().__init__(tokenizer)
-        self._keys = keys
+        self.keys = keys
         self._end = [tokenizer.eod] if append_eod else []
         self._dtype = token_dtype(tokenizer.vocab_size)
         self.streams = [Stream(f"{key}_document", self._dtype) for key in keys]
@@ -67,7 +71,7 @@ class TextEncoder(Encoder):
         texts: list[list[str]] = []
         for document in documents:
             try:
-                texts.append(document.texts(self._keys))
+                texts.append(document.texts(self.keys))
                 results.append([])
             except DocumentError as error:
                 texts.append([])
@@ -75,7 +79,7 @@ class TextEncoder(Encoder):
         ids = iter(tokenize_batch(self.tokenizer, list(itertools.chain.from_iterable(texts))))
         for index, (document, result) in enumerate(zip(documents, results, strict=True)):
             if isinstance(result, list):
-                mine = [next(ids) for _ in self._keys]
+                mine = [next(ids) for _ in self.keys]
                 results[index] = self._joined(document, texts[index], mine)
         return results
 
@@ -91,6 +95,8 @@ class TextEncoder(Encoder):
             # Begin and end ids alone are not a document.
             return document.error("empty", "empty: its text yields no token")
         self.count_losses(texts, kept)
+        for stream, text in zip(self.streams, texts, strict=True):
+            self.text_bytes[stream.name] += num_utf8_bytes(text)
         begin = self.tokenizer.begin
         return [numpy.array([*begin, *each, *self._end], self._dtype) for each in kept]
 
@@ -107,6 +113,11 @@ def describe_losses(losses: Mapping[str, int]) -> str:
     """A sentence about what ids do not give back, from `Encoder.losses`."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(losses.items()) if kind != "texts")
     return f"{losses['texts']} texts have characters that the tokenizer does not give back: {kinds}"
+
+
+def num_utf8_bytes(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def token_dtype(vocab_size: int) -> type[numpy.number]:

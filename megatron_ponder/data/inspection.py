@@ -129,7 +129,7 @@ def _verify(
     if manifest is not None:
         entry = manifest["datasets"][Path(prefix).name]
         for name, file in (("bin", data_file(prefix)), ("idx", index_file(prefix))):
-            if hash_file(file) != entry[f"{name}_sha256"]:
+            if hash_file(file) != entry.get(f"{name}_sha256"):
                 raise DataError(
                     f"{file}: is not the file described by the manifest (SHA-256 differs). It was "
                     "changed, or belongs to another run; preprocess the corpus again."

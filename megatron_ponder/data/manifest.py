@@ -5,8 +5,10 @@
     tokenizer    kind, SHA-256 of its content, vocabulary size and end id; choices (--add-bos)
     losses       characters that the ids do not give back, by kind
     options      options that affect the result
-    documents    read = written + the sum of rejected, which has a count per kind
-    datasets     for each: documents, sequences, tokens, dtype, size and SHA-256 of its files
+    documents    read = written + the sum of rejected, which has a count per kind; repeated_keys of
+                 the written state a key twice
+    datasets     for each: documents, sequences, tokens, dtype, UTF-8 bytes of its text, size and
+                 SHA-256 of its files
 
 Two runs on the same input write identical manifests.
 """
@@ -42,13 +44,39 @@ def find_manifest(dataset: str | Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if Path(dataset).name in manifest["datasets"]:
+                _check_types(manifest, Path(dataset).name)
                 return path, manifest
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: damaged, or no manifest ({error}). Preprocess the corpus again, or "
                 "remove the file."
             ) from None
     return None
+
+
+def _check_types(manifest: dict[str, Any], dataset: str) -> None:
+    """Raise a TypeError unless what is read later is of the right type."""
+    entry, tokenizer = manifest["datasets"][dataset], manifest.get("tokenizer")
+    if not isinstance(entry, dict) or not isinstance(tokenizer, dict | None):
+        raise TypeError(f"the entry of {dataset} or of the tokenizer is not an object")
+    for number in (entry.get("text_bytes"), (tokenizer or {}).get("vocab_size")):
+        if not isinstance(number, int | None) or isinstance(number, bool):
+            raise TypeError(f"{number!r} is not a number")
+
+
+def text_bytes(dataset: str | Path) -> int | None:
+    """UTF-8 bytes of a dataset's text; None if no manifest states them for these very files.
+
+    Raises:
+        DataError: the manifest is invalid.
+    """
+    found = find_manifest(dataset)
+    entry = found[1]["datasets"][Path(dataset).name] if found else {}
+    stated: int | None = entry.get("text_bytes")
+    for suffix in ("idx", "bin") if stated is not None else ():
+        if hash_file(Path(f"{dataset}.{suffix}")) != entry.get(f"{suffix}_sha256"):
+            return None
+    return stated
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:

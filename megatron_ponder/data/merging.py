@@ -20,7 +20,7 @@ from megatron_ponder.data.indexed import (
     index_file,
     open_index,
 )
-from megatron_ponder.data.manifest import FORMAT, find_manifest
+from megatron_ponder.data.manifest import FORMAT, find_manifest, text_bytes
 from megatron_ponder.data.publishing import publish, refuse_existing, write_dataset
 from megatron_ponder.errors import DataError
 
@@ -62,6 +62,9 @@ def merge_datasets(config: MergeConfig) -> dict[str, Any]:
     try:
         staged = folder / output.name
         entry = write_dataset(staged, parts[0].index.dtype, parts)
+        sizes = [size for size in map(text_bytes, prefixes) if size is not None]
+        if len(sizes) == len(prefixes):
+            entry["text_bytes"] = sum(sizes)
         manifest = {
             "format": FORMAT,
             "merged": [str(prefix) for prefix in prefixes],

@@ -114,6 +114,12 @@ class PreprocessSummary:
     """What the ids do not give back (Encoder.losses)."""
     num_text_bytes: int = 0
     """Uncompressed bytes of the documents written."""
+    text_bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """UTF-8 bytes of their texts, by stream."""
+    num_repeated_keys: int = 0
+    """Documents that state a key twice; the last value was taken."""
+    first_repeated_key: str | None = None
+    """File and line of the first of them."""
     num_chunks: int = 0
     num_reused: int = 0
     """Chunks reused from an interrupted run."""
@@ -131,6 +137,9 @@ class PreprocessSummary:
         self.num_tokens.update(header.num_tokens)
         self.losses.update(header.losses)
         self.num_text_bytes += header.num_text_bytes
+        self.text_bytes.update(header.text_bytes)
+        self.num_repeated_keys += header.num_repeated_keys
+        self.first_repeated_key = self.first_repeated_key or header.first_repeated_key
         self.num_chunks += 1
         self.num_reused += is_reused
 
@@ -167,6 +176,13 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         work.remove()
     if summary.losses:
         logger.warning("%s", describe_losses(summary.losses))
+    if summary.num_repeated_keys:
+        logger.warning(
+            "%d documents state a key twice in one object, the first at %s; the last value of each "
+            "was taken, as Python's json does",
+            summary.num_repeated_keys,
+            summary.first_repeated_key,
+        )
     return summary
 
 
@@ -302,6 +318,8 @@ def _join(
         staged[place] = work.path / place.name
         parts = [_Part(shard, stream) for shard in shards]
         datasets[place.name] = write_dataset(staged[place], stream.dtype, parts)
+        if stream.name in summary.text_bytes:
+            datasets[place.name]["text_bytes"] = summary.text_bytes[stream.name]
     rejected = work.path / "rejected.jsonl"
     with rejected.open("w", encoding="utf-8") as file:
         for shard in shards:
@@ -319,6 +337,7 @@ def _join(
             "read": summary.num_read,
             "written": summary.num_written,
             "rejected": dict(sorted(summary.rejected.items())),
+            "repeated_keys": summary.num_repeated_keys,
         },
         "losses": dict(sorted(summary.losses.items())),
         "text_bytes": summary.num_text_bytes,

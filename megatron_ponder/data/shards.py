@@ -47,6 +47,12 @@ class ShardHeader:
     """Tokens by stream."""
     losses: dict[str, int]
     """What the ids do not give back (Encoder.losses)."""
+    text_bytes: dict[str, int]
+    """UTF-8 bytes of the texts written, by stream."""
+    num_repeated_keys: int
+    """Documents that state a key twice."""
+    first_repeated_key: str | None
+    """File and line of the first of them."""
     checksum: int
     """CRC-32 of everything after the header."""
 
@@ -111,7 +117,9 @@ def write_shard(path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: 
         DataError: a document has more tokens than the format can hold.
     """
     num_read = num_text_bytes = 0
+    repeated_keys: list[str] = []
     encoder.losses.clear()
+    encoder.text_bytes.clear()
     rejected: list[dict[str, Any]] = []
     columns: list[list[numpy.ndarray]] = [[] for _ in encoder.streams]
     for batch in _batches(chunk.documents(max_document_bytes)):
@@ -125,6 +133,8 @@ def write_shard(path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: 
                 continue
             assert isinstance(document, RawDocument)
             num_text_bytes += _num_bytes(document)
+            if document.repeats_key(encoder.keys):
+                repeated_keys.append(f"{document.file}:{document.line}")
             for column, array in zip(columns, result, strict=True):
                 column.append(array)
     sections: list[numpy.ndarray] = []
@@ -148,6 +158,9 @@ def write_shard(path: Path, chunk: Chunk, encoder: Encoder, max_document_bytes: 
         rejected=rejected,
         num_tokens={s.name: sections[2 * i + 1].size for i, s in enumerate(encoder.streams)},
         losses=dict(encoder.losses),
+        text_bytes=dict(encoder.text_bytes),
+        num_repeated_keys=len(repeated_keys),
+        first_repeated_key=repeated_keys[0] if repeated_keys else None,
         checksum=checksum,
     )
     content = json.dumps(dataclasses.asdict(header)).encode()

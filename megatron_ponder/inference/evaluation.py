@@ -6,7 +6,6 @@ once, from what stands before it in its window. Windows do not overlap unless a 
 forward is the training path in evaluation mode, with one R or several. Left out: tasks.
 """
 
-import dataclasses
 import itertools
 import math
 import os
@@ -17,31 +16,15 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from megatron_ponder import log
-from megatron_ponder.data.indexed import check_indexed_dataset
-from megatron_ponder.data.instruction_dataset import check_kind
-from megatron_ponder.data.manifest import check_tokenizer
-from megatron_ponder.data.readers import read_documents
-from megatron_ponder.data.sources import find_inputs
-from megatron_ponder.data.tokenizers import Tokenizer
 from megatron_ponder.errors import CheckpointError, ConfigError, DataError
 from megatron_ponder.inference.loading import LoadedModel, loaded_model
 from megatron_ponder.inference.options import EvaluateOptions
+from megatron_ponder.inference.stream import Stream, read_stream
 from megatron_ponder.ponder.plan import PassPlan
 from megatron_ponder.runtime.distributed import is_rank_zero
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stream:
-    """A text as the model reads it."""
-
-    ids: Tensor
-    """int64 [n + 1]: an end id, then the n ids that are predicted."""
-    num_bytes: int | None
-    """UTF-8 bytes of the text; None where ids stand for no text."""
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -65,7 +48,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         }
         if options.token_ids is not None:
             return result | _dump_logits(loaded, options)
-        stream = _read_stream(loaded, options)
+        is_text = config.data.tokenizer_type != "NullTokenizer"
+        stream = read_stream(options, loaded.tokenizer(), is_text=is_text)
+        loaded.check_ids(stream.ids, options.data_path or " ".join(options.text_file))
         if len(iterations) <= 1:
             plans = [loaded.plan]
         else:
@@ -175,61 +160,6 @@ def figures(loss_sum: float, num_tokens: int, num_bytes: int | None) -> dict[str
 def _exponential(loss: float) -> float:
     """e^loss, where that is a number."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _read_stream(loaded: LoadedModel, options: EvaluateOptions) -> Stream:
-    """All documents of the input, up to max_tokens."""
-    tokenizer = loaded.tokenizer()
-    is_text = loaded.config.data.tokenizer_type != "NullTokenizer"
-    if options.data_path is not None:
-        documents = _indexed_documents(options.data_path, tokenizer)
-        source = options.data_path
-    else:
-        documents = _text_documents(options.text_file, tokenizer)
-        source = " ".join(options.text_file)
-    parts, num_bytes, num_tokens = [torch.tensor([tokenizer.eod])], 0, 0
-    limit = options.max_tokens or math.inf
-    for ids, text_bytes in documents:
-        if num_tokens + len(ids) > limit:
-            ids = ids[: int(limit) - num_tokens]
-            text_bytes = _num_bytes(tokenizer, ids)
-        parts.append(ids)
-        num_bytes += text_bytes
-        num_tokens += len(ids)
-        if num_tokens >= limit:
-            break
-    if num_tokens == 0:
-        raise DataError(f"{source}: there is no text to score.")
-    stream = Stream(ids=torch.cat(parts), num_bytes=num_bytes if is_text else None)
-    loaded.check_ids(stream.ids, source)
-    return stream
-
-
-def _indexed_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, int]]:
-    """Ids and UTF-8 bytes of each document of a dataset."""
-    check_indexed_dataset(prefix)
-    check_tokenizer(prefix, tokenizer)
-    check_kind(prefix, instruction_data=False)
-    dataset = IndexedDataset(prefix)
-    for index in range(len(dataset)):
-        ids = torch.from_numpy(dataset[index].astype(numpy.int64))
-        yield ids, _num_bytes(tokenizer, ids)
-
-
-def _text_documents(paths: tuple[str, ...], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, int]]:
-    """Ids and UTF-8 bytes of each document of text files."""
-    for document in read_documents(find_inputs(paths), "auto"):
-        (text,) = document.texts(["text"])
-        yield (
-            torch.tensor([*tokenizer.begin, *tokenizer.tokenize(text), tokenizer.eod]),
-            len(text.encode()),
-        )
-
-
-def _num_bytes(tokenizer: Tokenizer, ids: Tensor) -> int:
-    """UTF-8 bytes of the text that ids stand for; begin and end of a document stand for none."""
-    bounds = {tokenizer.eod, *tokenizer.begin}
-    return len(tokenizer.detokenize([i for i in ids.tolist() if i not in bounds]).encode())
 
 
 def _dump_logits(loaded: LoadedModel, options: EvaluateOptions) -> dict[str, Any]:

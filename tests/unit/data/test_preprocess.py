@@ -159,6 +159,25 @@ def test_read_is_written_plus_rejected_each_with_its_place(
     assert documents["rejected"] == dict(sorted(Counter(FAULTS.values()).items()))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_key_that_is_stated_twice_is_counted_and_said(
+    workers: int, tmp_path: Path, small_chunks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [
+        b'{"text": "1", "other": {"a": 1, "a": 2}}',
+        b'{"text": "7", "text": "2"}',
+        b'{"kind": "text", "text": "3"}',
+        b'{"te\\u0078t": "8", "text": "4"}',
+        b'{"text": "5", "text": ',
+    ]
+    corpus = write_lines(tmp_path / "c.jsonl", lines)
+    prefix = tmp_path / "out"
+    summary = run_preprocess(corpus, prefix, workers=workers, max_rejected=1, **IDS)
+    assert corpora.read_documents(f"{prefix}_text_document") == [[i, 49] for i in (1, 2, 3, 4)]
+    assert summary.num_repeated_keys == 2 == manifest(prefix)["documents"]["repeated_keys"]
+    assert f"2 documents state a key twice in one object, the first at {corpus}:2" in caplog.text
+
+
 def test_one_too_many_stops_the_run_and_shows_the_first(tmp_path: Path) -> None:
     corpus = write_lines(tmp_path / "c.jsonl", [b'{"text": "1"}', *FAULTS])
     with pytest.raises(DataError, match="--max-rejected 9") as error:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ponder.errors import CheckpointError, ConfigError
-from megatron_ponder.inference.evaluation import Stream, figures, score, windows
+from megatron_ponder.inference.evaluation import figures, score, windows
 from megatron_ponder.inference.options import CheckpointOptions, EvaluateOptions
+from megatron_ponder.inference.stream import Stream
 from megatron_ponder.train.evaluation import Evaluation
 
 CHECKPOINT = CheckpointOptions(load="x")
