@@ -68,7 +68,7 @@ def load_json_tokenizer(file: Path, config: TokenizerConfig) -> JsonTokenizer:
         vocabulary = model.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise _not_a_tokenizer(file, "it has no tokens")
-    for token in content.get("added_tokens") or []:
+    for token in _added(content):
         if model.token_to_id(token["content"]) != token["id"]:
             raise DataError(
                 f"--tokenizer-model {file}: its id of {token['content']!r}, {token['id']}, is that "
@@ -167,8 +167,8 @@ def _not_a_tokenizer(file: Path, reason: str) -> DataError:
 
 def _special(content: dict[str, Any], named: dict[str, str]) -> set[str]:
     """Texts of all special tokens."""
-    added = content.get("added_tokens") or []
-    return {token["content"] for token in added if token.get("special")} | set(named.values())
+    special = {token["content"] for token in _added(content) if token.get("special")}
+    return special | set(named.values())
 
 
 def _added(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ def _without_special(model: dict[str, Any], special: set[str]) -> dict[str, Any]
         return {
             "vocab": [
                 [piece[0], NEVER]
-                if isinstance(piece, list) and len(piece) == 2 and piece[0] in special
+                if isinstance(piece, list) and len(piece) == 2 and str(piece[0]) in special
                 else piece
                 for piece in vocab
             ]
@@ -241,9 +241,10 @@ def _spelled(content: dict[str, Any]) -> set[str]:
     """Tokens that the model gives for a text that spells them, other than by merging."""
     model = content["model"]
     is_bpe = model.get("type") == "BPE" or "merges" in model
-    if isinstance(model["vocab"], list) or (is_bpe and not model.get("ignore_merges")):
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or (is_bpe and not model.get("ignore_merges")):
         return set()
-    return set(model["vocab"]) - {model.get("unk_token")}
+    return set(vocab) - {model.get("unk_token")}
 
 
 def _end_token(file: Path, vocabulary: dict[str, int], named: dict[str, str]) -> int:

@@ -5,6 +5,7 @@ megatron-core's datasets use. Not covered: chat templates, and tokenizers that n
 """
 
 import abc
+import base64
 import hashlib
 import itertools
 import json
@@ -223,7 +224,6 @@ class TikTokenizer(Tokenizer):
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         try:
             import tiktoken
-            from tiktoken.load import load_tiktoken_bpe
         except ImportError:
             raise DataError(
                 "--tokenizer-type TikTokenizer needs tiktoken: pip install tiktoken."
@@ -238,7 +238,10 @@ class TikTokenizer(Tokenizer):
         with library_calls(refusal):
             described = json.loads(path.read_text(encoding="utf-8"))
             ranks_file = path.parent / described["ranks"]
-            ranks = load_tiktoken_bpe(str(ranks_file))
+            stored = ranks_file.read_bytes()
+            # tiktoken's own reader caches files by their path, also after they have changed.
+            lines = (line.split() for line in stored.splitlines() if line)
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
             special_tokens = dict(described["special_tokens"])
             self._model = tiktoken.Encoding(
                 path.stem,
@@ -247,7 +250,7 @@ class TikTokenizer(Tokenizer):
                 special_tokens=special_tokens,
             )
             self._ids = frozenset([*ranks.values(), *special_tokens.values()])
-            described["ranks"] = hashlib.sha256(ranks_file.read_bytes()).hexdigest()
+            described["ranks"] = hashlib.sha256(stored).hexdigest()
             content = json.dumps(described, sort_keys=True).encode()
         self._parse_special = config.parse_special_tokens
         self.eod = _special_id(path, described, "eos_token", COMMON_END_TOKENS)

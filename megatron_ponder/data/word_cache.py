@@ -97,7 +97,9 @@ def _problems(model: bytes) -> Iterator[str]:
         yield "it does not escape white space"
     if any(piece.get(3, 1) == USER_DEFINED_PIECE for piece in pieces):
         yield "it has user-defined pieces"
-    texts = (text.decode() for piece in pieces if isinstance(text := piece.get(1), bytes))
+    texts = (
+        text.decode(errors="replace") for piece in pieces if isinstance(text := piece.get(1), bytes)
+    )
     if any(BLANK in text.lstrip(BLANK) for text in texts):
         yield "it has pieces that span a space"
 

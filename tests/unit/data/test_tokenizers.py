@@ -200,6 +200,8 @@ def test_tiktoken_vocabularies(tmp_path: Path) -> None:
         assert tokenizer.eod not in tokenizer.tokenize(text)
     (tmp_path / "t.tiktoken").write_bytes(b"".join((b"YWI= 256\n",)))
     other = build("TikTokenizer", path)
+    with pytest.raises(DataError, match="the tokenizer fails"):
+        other.tokenize("bak")  # nothing is left of the vocabulary before
     assert other.unique_identifiers != tokenizer.unique_identifiers
     path.write_text(json.dumps({**described, "special_tokens": {"<stop>": 258}}))
     with pytest.raises(DataError, match="eos_token"):
