@@ -1,5 +1,7 @@
 """Imported once by the server that ranks and commands are forked from: everything slow."""
 
+import atexit
+import gc
 import importlib
 import pkgutil
 
@@ -25,3 +27,9 @@ for name in LIBRARIES:
     importlib.import_module(name)
 for module in pkgutil.walk_packages(megatron_ponder.__path__, "megatron_ponder."):
     importlib.import_module(module.name)
+
+# megatron-core collects garbage when it saves an optimizer. That would take each rank a second and
+# a copy of all that was imported. At exit libraries check that their objects are freed.
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)

@@ -113,9 +113,10 @@ VP2 = {"num_virtual_stages_per_pipeline_rank": 2}
 CP2 = {"context_parallel_size": 2}
 DIST_OPT = {"use_distributed_optimizer": True}
 PAIRS = {"micro_batch_size": 2}
-"""Half the micro-batches, where there is neither a pipeline nor a replica to feed with more."""
+WHOLE = {"micro_batch_size": GLOBAL_BATCH_SIZE}
+"""Fewer micro-batches, where there is neither a pipeline nor a replica to feed with more."""
 LAYOUTS = {
-    "TP2": Layout(2, TP2 | PAIRS),
+    "TP2": Layout(2, TP2 | WHOLE),
     "TP2 + SP": Layout(2, TP2 | SP | PAIRS),
     "PP2": Layout(2, PP2),
     "PP4": Layout(4, PP4),
