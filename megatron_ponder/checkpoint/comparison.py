@@ -50,6 +50,7 @@ FREE_SETTINGS = frozenset(
         "init_method",
         "init_method_std",
         "small_init_depth_counts_thoughts",
+        "generation_defaults",
     }
 )
 """Model settings that may differ: the weights fit all the same. A change is logged."""

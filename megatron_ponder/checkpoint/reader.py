@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
@@ -19,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ponder.checkpoint import storage
+from megatron_ponder.checkpoint.common_state import load_common_state, load_sharded
 from megatron_ponder.checkpoint.comparison import (
     REPEATED_SAMPLES,
     data_differences,
@@ -234,8 +234,7 @@ def _check_data(
 def _read_plain(checkpoint: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not sharded."""
     try:
-        state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
-        return state
+        return load_common_state(checkpoint)
     except CheckpointingException as error:
         raise _unreadable(checkpoint, error) from error
 
@@ -243,8 +242,7 @@ def _read_plain(checkpoint: Path) -> dict[str, Any]:
 def _read(request: ShardedStateDict, checkpoint: Path) -> dict[str, Any]:
     """Fill a request."""
     try:
-        state: dict[str, Any] = dist_checkpointing.load(request, str(checkpoint))
-        return state
+        return load_sharded(request, checkpoint)
     except (CheckpointingException, CheckpointException) as error:
         raise _unreadable(checkpoint, error) from error
 
@@ -253,5 +251,5 @@ def _unreadable(checkpoint: Path, error: BaseException) -> CheckpointError:
     """megatron-core's failure in this package's terms."""
     return CheckpointError(
         f"{checkpoint} cannot be read: {error}. It may have been written by a newer "
-        "megatron-core (checkpoints of 0.19 need 0.19), or its files may be damaged."
+        "megatron-core than 0.19, or its files may be damaged."
     )

@@ -95,6 +95,9 @@ class ModelConfig:
     small_init_depth_counts_thoughts: bool = False
     """Depth in the small initialisation is 2 x num_layers x (K+1) instead of 2 x num_layers (as the
     reference has it for GPT-NeoX only)."""
+    generation_defaults: str | None = None
+    """Special ids and defaults of generation that the export writes for transformers, as an import
+    stored them (JSON). None: the tokenizer's end of document begins, ends and pads texts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

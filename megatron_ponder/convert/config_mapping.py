@@ -20,6 +20,7 @@ from megatron_ponder.convert.family import (
     family_names,
     find_family,
 )
+from megatron_ponder.convert.json_values import problem_of, shown
 from megatron_ponder.convert.method_mapping import METHOD_KEYS
 from megatron_ponder.convert.rotary_mapping import build_rope_scaling, read_rotary
 from megatron_ponder.errors import ConversionError
@@ -48,6 +49,7 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
             f"config.json lacks {', '.join(missing)}, without which a {config['model_type']} model "
             "has no shape."
         )
+    _raise_if_any(_wrong_types(family, relevant))
     known = family.defaults | relevant
     settings = {"architecture": config["model_type"], **family.settings}
     settings |= {ours: known[theirs] for ours, theirs in family.keys.items()}
@@ -74,9 +76,38 @@ def read_model_settings(config: Config, ignored_keys: Iterable[str] = ()) -> dic
     settings["untie_embeddings_and_output_weights"] = not is_tied
     if family.rotary_base_key is not None:
         settings |= read_rotary(family, relevant, settings, problems)
+    _raise_if_any(problems)
+    return settings
+
+
+def _raise_if_any(problems: list[str]) -> None:
     if problems:
         raise ConversionError("config.json cannot be converted:\n  - " + "\n  - ".join(problems))
-    return settings
+
+
+_SETTING_OF_OWN_KEY = {
+    "attention_bias": "add_attention_bias",
+    "mlp_bias": "add_bias_linear",
+    "use_sliding_window": "add_bias_linear",
+    "sliding_window": "max_position_embeddings",
+    "tie_word_embeddings": "untie_embeddings_and_output_weights",
+}
+"""A setting of the same type as each key that has code of its own below."""
+
+
+def _wrong_types(family: Family, config: Config) -> list[str]:
+    """Values that no stock class could compute with, or that it would take for something else."""
+    settings = {theirs: ours for ours, theirs in family.keys.items()}
+    settings |= {k: v for k, v in _SETTING_OF_OWN_KEY.items() if k not in family.must_be}
+    checked = [problem_of(key, config.get(key), ours) for key, ours in settings.items()]
+    problems = [problem for problem in checked if problem is not None]
+    layers = config.get("layer_types")
+    if not isinstance(layers, list | None) or not all(isinstance(x, str) for x in layers or ()):
+        problems.append(f"layer_types {shown(layers)}: must be a list of strings")
+    activation = config.get(family.activation_key)
+    if not isinstance(activation, str | None):
+        problems.append(f"{family.activation_key} {shown(activation)}: must be a string")
+    return problems
 
 
 def _derived_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +132,7 @@ def _values_that_must_be(family: Family, config: Config) -> Iterator[str]:
         value = config.get(key)
         if value is not None and value not in allowed:
             supported = " or ".join(map(str, allowed)) if allowed else "null"
-            yield f"{key} {value!r}: only {supported} is supported"
+            yield f"{key} {shown(value)}: only {supported} is supported"
 
 
 def _unknown_keys(family: Family, config: Config) -> Iterator[str]:
@@ -124,7 +155,7 @@ def _unknown_keys(family: Family, config: Config) -> Iterator[str]:
     for key, value in config.items():
         if key not in known and value is not None and not key.startswith("_"):
             yield (
-                f"{key} {value!r}: not known to this converter; if it has no effect on the "
+                f"{key} {shown(value)}: not known to this converter; if it has no effect on the "
                 f"numbers, say so: --ignore-config-keys {key}"
             )
 

@@ -2,16 +2,16 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ponder import log
+from megatron_ponder.checkpoint.common_state import load_common_state
 from megatron_ponder.checkpoint.reader import check_trained_tokenizer, locate
 from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.resolve import resolve_for_inference
@@ -19,6 +19,10 @@ from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.convert import exported_code, verification
 from megatron_ponder.convert.config_mapping import build_stock_config
 from megatron_ponder.convert.folders import check_space, new_folder
+from megatron_ponder.convert.generation_defaults import (
+    GENERATION_CONFIG,
+    build_generation_files,
+)
 from megatron_ponder.convert.huggingface_weights import (
     TensorToWrite,
     shard_names,
@@ -29,11 +33,7 @@ from megatron_ponder.convert.method_mapping import build_method_keys
 from megatron_ponder.convert.model_card import write_model_card
 from megatron_ponder.convert.options import ExportOptions
 from megatron_ponder.convert.stored_parameters import ParameterReader, StoredParameters
-from megatron_ponder.convert.tokenizer_files import (
-    load_run_tokenizer,
-    token_ids,
-    write_tokenizer,
-)
+from megatron_ponder.convert.tokenizer_files import load_run_tokenizer, write_tokenizer
 from megatron_ponder.convert.weight_names import rules_of
 from megatron_ponder.convert.weight_rules import Rule
 from megatron_ponder.runtime.distributed import running
@@ -61,18 +61,25 @@ def export_checkpoint(options: ExportOptions) -> None:
         tokenizer = load_run_tokenizer(config.data, config.model.vocab_size)
     if tokenizer is not None:
         check_trained_tokenizer(checkpoint, tokenizer)
-    ids = token_ids(tokenizer)
-    stock = build_huggingface_config(config) | {"torch_dtype": STORED_NAMES[dtype]} | ids
+    keys, generation = build_generation_files(config.model.generation_defaults, tokenizer)
+    stock = build_huggingface_config(config) | {"torch_dtype": STORED_NAMES[dtype]} | keys
     if options.verify:
         verification.check_memory(config)
     target = Path(options.hf_path)
     with (
-        new_folder(target, "--hf-path", overwrite=options.overwrite, keep_out=checkpoint) as folder,
+        new_folder(
+            target,
+            "--hf-path",
+            overwrite=options.overwrite,
+            keep_out=checkpoint,
+            first="config.json",
+        ) as folder,
         running(config.parallel, config.training.seed),
     ):
-        _write_weights(folder, checkpoint, config, dtype, options.max_shard_bytes)
+        _write_weights(folder, checkpoint, config, dtype, options)
         _write_json(folder / "config.json", stock)
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        if generation is not None:
+            _write_json(folder / GENERATION_CONFIG, generation)
         if tokenizer is not None:
             write_tokenizer(config.data, tokenizer, folder)
         if config.method.method != "vanilla":
@@ -105,19 +112,30 @@ def build_huggingface_config(config: ResolvedConfig) -> dict[str, Any]:
 
 
 def _write_weights(
-    folder: Path, checkpoint: Path, config: ResolvedConfig, dtype: torch.dtype, max_bytes: int
+    folder: Path,
+    checkpoint: Path,
+    config: ResolvedConfig,
+    dtype: torch.dtype,
+    options: ExportOptions,
 ) -> None:
     """All weight files and their index."""
     parameters = StoredParameters(config)
     reader = ParameterReader(checkpoint, parameters)
-    shards = plan_shards(config, parameters, max_bytes // dtype.itemsize)
+
+    def read(name: str) -> Tensor:
+        tensor = reader.read(name)
+        if options.verify:
+            verification.check_finite(f"{checkpoint}: {name}", tensor)
+        return tensor
+
+    shards = plan_shards(config, parameters, options.max_shard_bytes // dtype.itemsize)
     described = [[tensor for _, tensors in shard for tensor in tensors] for shard in shards]
     total = sum(tensor.numel for shard in described for tensor in shard) * dtype.itemsize
     check_space(folder, total)
     with log.progress(total, "writing weights", "B", unit_scale=True) as bar:
         for name, shard, tensors in zip(shard_names(len(shards)), shards, described, strict=True):
             rules = [rule for rule, _ in shard]
-            parts = _convert(rules, reader, config, dtype, bar)
+            parts = _convert(rules, read, config, dtype, bar)
             write_safetensors(folder / name, tensors, parts, dtype)
     write_index(folder, described, dtype.itemsize)
 
@@ -152,21 +170,21 @@ def _on_meta(rule: Rule, parameters: StoredParameters, config: ResolvedConfig) -
 
 def _convert(
     rules: list[Rule],
-    reader: ParameterReader,
+    read: Callable[[str], Tensor],
     config: ResolvedConfig,
     dtype: torch.dtype,
     bar: "tqdm[Any]",
 ) -> Iterator[Tensor]:
     """The tensors of a file, one parameter at a time."""
     for rule in rules:
-        for part in rule.split(reader.read(rule.ours), config.model):
+        for part in rule.split(read(rule.ours), config.model):
             yield part
             bar.update(part.numel() * dtype.itemsize)
 
 
 def _write_card(folder: Path, checkpoint: Path, config: ResolvedConfig) -> None:
     """README.md with what the checkpoint says of its training."""
-    progress = dist_checkpointing.load_common_state_dict(str(checkpoint))["progress"]
+    progress = load_common_state(checkpoint)["progress"]
     write_model_card(
         folder,
         config,

@@ -107,8 +107,8 @@ _DROPOUT = "attention_dropout hidden_dropout classifier_dropout resid_pdrop embd
 _OF_ANY_MODEL = (
     "model_type architectures auto_map torch_dtype dtype transformers_version name_or_path "
     "use_cache output_attentions output_hidden_states output_scores return_dict "
-    "return_dict_in_generate id2label label2id num_labels problem_type finetuning_task prefix "
-    "task_specific_params tokenizer_class gradient_checkpointing torchscript use_bfloat16 "
+    "return_dict_in_generate id2label label2id num_labels problem_type finetuning_task "
+    "tokenizer_class gradient_checkpointing torchscript use_bfloat16 "
     "tf_legacy_loss chunk_size_feed_forward tie_encoder_decoder attn_implementation "
     "tie_last_hidden_states"
 )
@@ -118,9 +118,11 @@ _OF_GENERATION = (
     "top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
     "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id "
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
-    "begin_suppress_tokens"
+    "begin_suppress_tokens prefix task_specific_params"
 )
-NO_EFFECT = frozenset(f"{_DROPOUT} {_OF_ANY_MODEL} {_OF_GENERATION}".split())
+GENERATION_KEYS = tuple(_OF_GENERATION.split())
+"""Keys of any config that only generation depends on; an export has those of the import."""
+NO_EFFECT = frozenset([*f"{_DROPOUT} {_OF_ANY_MODEL}".split(), *GENERATION_KEYS])
 """Keys of any config that the numbers do not depend on. Those of dropout are a run's."""
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),

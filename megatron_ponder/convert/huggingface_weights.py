@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_ponder.convert.json_values import read_object
 from megatron_ponder.errors import ConversionError
 
 SAFETENSORS = "model.safetensors"
@@ -110,13 +111,12 @@ class WeightFiles:
 
 def _of_index(index: Path, describe: Any) -> Iterator[StoredTensor]:
     """The tensors of all files that an index names, each where the index says."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        by_file: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            by_file.setdefault(str(file), []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConversionError(f"{index}: no index of weight files (weight_map).") from None
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index}: no index of weight files (weight_map).")
+    by_file: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        by_file.setdefault(str(file), []).append(name)
     outside = [file for file in by_file if Path(file).name != file]
     if outside:
         raise ConversionError(f"{index}: names files outside of the folder: {outside[0]}.")

@@ -6,8 +6,8 @@ training. Code that comes with the folder is not run unless asked.
 """
 
 import dataclasses
-import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,23 @@ from megatron_ponder.convert.exported_code import architecture_of, auto_map
 from megatron_ponder.convert.exporting import build_huggingface_config
 from megatron_ponder.convert.family import find_family
 from megatron_ponder.convert.folders import check_space, new_folder
+from megatron_ponder.convert.generation_defaults import read_generation_defaults
 from megatron_ponder.convert.huggingface_weights import WeightFiles
+from megatron_ponder.convert.json_values import read_object
 from megatron_ponder.convert.method_mapping import MethodOfSource, read_method
 from megatron_ponder.convert.options import ImportOptions
 from megatron_ponder.convert.stored_parameters import StoredParameters, write_parameters
 from megatron_ponder.convert.tokenizer_files import find_tokenizer
 from megatron_ponder.convert.weight_names import rules_of
 from megatron_ponder.errors import ConversionError
+from megatron_ponder.model.size import count_parameters
 from megatron_ponder.runtime.distributed import running
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQ_LENGTH = 2048
+MAX_PASSES_COMPARED = 8
+"""K and R of the comparison are at most this: more passes tell nothing more of the weights."""
 
 
 def import_checkpoint(options: ImportOptions) -> None:
@@ -58,19 +63,26 @@ def import_checkpoint(options: ImportOptions) -> None:
     architecture = settings["architecture"]
     family = find_family(architecture)
     files = WeightFiles(folder, family.base_prefix, family.head)
-    config = _build_config(options, settings, method, files)
+    config = _build_config(options, stored, settings, method, files)
+    _check_size(config, files)
     logger.info("%s, method %s (%s)", architecture, method.source["method"], method.remark)
     if options.verify:
         verification.check_memory(config)
     target = Path(options.save)
     with (
-        new_folder(target, "--save", overwrite=options.overwrite, keep_out=folder) as unfinished,
+        new_folder(
+            target,
+            "--save",
+            overwrite=options.overwrite,
+            keep_out=folder,
+            first=storage.LATEST_FILE,
+        ) as unfinished,
         running(config.parallel, config.training.seed),
     ):
         parameters = StoredParameters(config)
         weights = _Weights(files, config, parameters, settings["vocab_size"])
         weights.check()
-        checkpoint = _write(unfinished, config, parameters, weights)
+        checkpoint = _write(unfinished, config, parameters, weights, verify=options.verify)
         if options.verify:
             _verify(checkpoint, config, method, stored, options)
         else:
@@ -87,18 +99,13 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     Raises:
         ConversionError: it is not there, or no JSON object.
     """
-    path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(folder / "config.json")
     except FileNotFoundError:
         raise ConversionError(
             f"--hf-path {folder}: there is no config.json. Give the folder of a model as "
             "transformers saves it."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be read: {error}.") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path}: must be a JSON object.")
     if "model_type" in content:
         content["model_type"] = architecture_of(content["model_type"])
     return content
@@ -137,6 +144,7 @@ def _check_code(stored: Mapping[str, Any], options: ImportOptions) -> None:
 
 def _build_config(
     options: ImportOptions,
+    stored: Mapping[str, Any],
     settings: Mapping[str, Any],
     method: MethodOfSource,
     files: WeightFiles,
@@ -162,12 +170,28 @@ def _build_config(
         **settings,
         **method.result,
         **tokenizer,
+        generation_defaults=read_generation_defaults(Path(options.hf_path), stored),
         make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
         bf16=dtypes == {torch.bfloat16},
         seq_length=min(DEFAULT_SEQ_LENGTH, settings["max_position_embeddings"]),
     )
     vocab_size = found.tokenizer.vocab_size if found is not None else None
     return resolve(given, world_size=1, tokenizer_vocab_size=vocab_size)
+
+
+def _check_size(config: ResolvedConfig, files: WeightFiles) -> None:
+    """Refuse a shape that the files cannot hold before building anything of that shape.
+
+    Raises:
+        ConversionError: config.json describes at least twice as many parameters as are there.
+    """
+    described = count_parameters(config.model).total
+    stored = sum(math.prod(tensor.shape) for tensor in files.tensors.values())
+    if described >= 2 * stored:
+        raise ConversionError(
+            f"{files.folder}: config.json and the weights do not fit: it describes a model of "
+            f"{described:,} parameters, the files hold {stored:,}."
+        )
 
 
 class _Weights:
@@ -245,12 +269,21 @@ class _Weights:
             parts = [torch.cat((parts[0], mean))]
         return rule.join(parts, self._model).to(self._dtype)
 
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Names in the folder of what makes up a parameter."""
+        return self._rules[name].theirs
+
     def _is_vocabulary(self, name: str) -> bool:
         return name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def _write(
-    folder: Path, config: ResolvedConfig, parameters: StoredParameters, weights: _Weights
+    folder: Path,
+    config: ResolvedConfig,
+    parameters: StoredParameters,
+    weights: _Weights,
+    *,
+    verify: bool,
 ) -> Path:
     """The whole checkpoint; returns the folder of its iteration."""
     check_space(folder, weights.num_bytes)
@@ -261,6 +294,8 @@ def _write(
 
         def fetch(name: str) -> Tensor:
             tensor = weights.fetch(name)
+            if verify:
+                verification.check_finite(" and ".join(weights.sources(name)), tensor)
             bar.update(tensor.nbytes)
             return tensor
 
@@ -281,6 +316,9 @@ def _verify(
     num_rows, max_tokens = int(stored["vocab_size"]), config.model.max_position_embeddings
     ids = verification.draw_ids(num_rows, max_tokens)
     as_source = config.replaced(**method.source)
+    counts = ("num_latent_thoughts", "num_jacobi_iterations")
+    few = {name: min(getattr(as_source.method, name), MAX_PASSES_COMPARED) for name in counts}
+    as_source = as_source.replaced(**few)
     is_stock = as_source.method.method == "vanilla"
     source = verification.source_logits(
         Path(options.hf_path),

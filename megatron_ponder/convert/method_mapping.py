@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_ponder.config.presets import PRESETS
 from megatron_ponder.config.resolved import ResolvedConfig
-from megatron_ponder.config.schema import MethodConfig
 from megatron_ponder.convert.family import find_family
+from megatron_ponder.convert.json_values import problem_of, shown
 from megatron_ponder.errors import ConversionError
 
 OLD_KEYS = {
@@ -79,30 +79,43 @@ def read_method(config: Mapping[str, Any], asked: Mapping[str, Any]) -> MethodOf
             changed = {"scale_embeds": False, **recipe_settings(config), **asked}
             return MethodOfSource(source=source, result=changed, remark=remark)
         return MethodOfSource(source=source, result=source, remark=remark)
-    source = {"method": method, **_read_settings(config, method, asked)}
-    wanted = asked.get("method", method)
-    result = {**source, **recipe_settings(config), **_stated(config), **asked, "method": wanted}
+    settings = _read_settings(config, method, asked)
+    source = {"method": method, **settings}
+    result = {"method": method, **recipe_settings(config), **settings, **asked}
     return MethodOfSource(source=source, result=result, remark=remark)
 
 
 def _find_method(config: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The method that a config is of, None for a stock model; and how it was found."""
-    stated = config.get("method")
+    """The method that a config is of, None for a stock model; and how it was found.
+
+    Nothing is inferred: the authors' loader writes R, for example, into the config of every method.
+    """
+    stated, is_recurrent = config.get("method"), config.get("recurrent_model")
+    if is_recurrent not in (None, True, False):
+        raise ConversionError(
+            f"config.json: recurrent_model {shown(is_recurrent)}: must be true or false."
+        )
+    if is_recurrent is False:
+        return None, "config.json says recurrent_model false"
     if stated is not None:
-        return (None if stated == "vanilla" else str(stated)), "config.json says so"
-    keys = {key for key in METHOD_KEYS if config.get(key) is not None}
-    counts_thoughts = keys & {"num_latent_thoughts", "more_iterations"}
-    if config.get("recurrent_model") is False or not (counts_thoughts or "recurrent_model" in keys):
+        # Names only: a dotted one would be a module that the folder makes this process import.
+        if not isinstance(stated, str) or not stated.isidentifier():
+            raise ConversionError(f"config.json: method {shown(stated)}: must name a method.")
+        return _none_if_plain(stated), "config.json says so"
+    keys = sorted(key for key in METHOD_KEYS if config.get(key) is not None)
+    if not keys:
         return None, "config.json has no key of a method"
     if "method" in asked:
-        return str(asked["method"]), "as asked: config.json does not name it"
-    counts_rounds = keys & {"num_jacobi_iterations", "eval_refinement_steps"}
-    if counts_rounds and "pause_token_id" not in keys:
-        return "ponderlm2", f"inferred from {', '.join(sorted(counts_rounds))}"
+        return _none_if_plain(asked["method"]), "as asked: config.json does not name it"
     raise ConversionError(
-        f"config.json has keys of a method ({', '.join(sorted(keys))}) and does not say of which. "
-        "Give --method ponderlm2, ponderlm, loop or pause."
+        f"config.json has keys of a method ({', '.join(keys)}) and does not say of which: the "
+        "authors' checkpoints of all methods look alike. Give the method that the weights were "
+        "trained with: --method ponderlm2, ponderlm, loop, pause or vanilla."
     )
+
+
+def _none_if_plain(method: str) -> str | None:
+    return None if method == "vanilla" else method
 
 
 def _read_settings(
@@ -110,6 +123,9 @@ def _read_settings(
 ) -> dict[str, Any]:
     """Settings that the source's forward depends on."""
     stated = _stated(config)
+    if method == "ponderlm" and config.get("method") is None:
+        # The authors' ponderlm files mix all embeddings, whatever their config says.
+        stated["interpolation_use_topk"] = False
     completed = {
         **find_family(config.get("model_type")).authors_settings,
         **{name: value for name, value in asked.items() if name in SETTINGS},
@@ -140,17 +156,13 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in stated and stated[name] != value:
             raise ConversionError(
-                f"config.json: {name} {stated[name]} and {old} {value} are the same setting and "
-                "differ. Remove one of them."
+                f"config.json: {name} {shown(stated[name])} and {old} {shown(value)} are the same "
+                "setting and differ. Remove one of them."
             )
         stated[name] = value
-    defaults = vars(MethodConfig())
     for name, value in stated.items():
-        kind = int if defaults[name] is None else type(defaults[name])
-        if type(value) is not kind:
-            raise ConversionError(
-                f"config.json: {name} {value!r}: must be of type {kind.__name__}."
-            )
+        if (problem := problem_of(name, value, name)) is not None:
+            raise ConversionError(f"config.json: {problem}.")
     return stated
 
 

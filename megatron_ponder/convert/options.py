@@ -44,7 +44,8 @@ class ImportOptions:
     trust_remote_code: bool = False
     """Let the comparison run the code that comes with the folder. Ours never needs it."""
     overwrite: bool = False
-    """Replace --save if it is there, once the new checkpoint is complete."""
+    """If --save holds an earlier import, replace it once the new one is complete. Other files
+    stay."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ class ExportOptions:
     verify: bool = True
     """Before the folder takes its name, load it and the checkpoint, and compare their logits."""
     overwrite: bool = False
-    """Replace --hf-path if it is there, once the new folder is complete."""
+    """If --hf-path holds an earlier export, replace it once the new one is complete. Other files
+    stay."""
 
     def __post_init__(self) -> None:
         """Refuse a size that is none.

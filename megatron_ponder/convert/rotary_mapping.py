@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ponder.config.resolved import ResolvedModelConfig
 from megatron_ponder.convert.family import Config, Family
+from megatron_ponder.convert.json_values import problem_of, shown
 
 DEFAULT_ROTARY_BASE = 10000.0
 _SCALING_KEYS = {
@@ -23,6 +24,10 @@ def read_rotary(
 ) -> dict[str, Any]:
     """Base, share of channels and scaling, in transformers 5's form or the older one."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    for key, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if not isinstance(value, dict | None):
+            problems.append(f"{key} {shown(value)}: must be an object or null")
+            return {}
     if old and new and old != new:
         problems.append("rope_scaling and rope_parameters differ: leave one out")
     parameters = dict(old or new or {})
@@ -30,6 +35,10 @@ def read_rotary(
         problems.append("rope_parameters by layer type: all layers here have the same")
         return {}
     assert family.rotary_base_key is not None
+    wrong = _wrong_types(family, config, parameters)
+    if wrong:
+        problems += wrong
+        return {}
     base_keys = (family.rotary_base_key, "rope_theta")
     bases = [parameters.pop("rope_theta", None), *(config.get(key) for key in base_keys)]
     bases = [base for base in bases if base is not None]
@@ -50,6 +59,22 @@ def read_rotary(
         "rotary_percent": float(share),
         **_scaling(kind, parameters, settings, problems),
     }
+
+
+def _wrong_types(family: Family, config: Config, parameters: Config) -> list[str]:
+    """Numbers that are none, and a kind that has no name."""
+    settings = {"rope_theta": "rotary_base", "partial_rotary_factor": "rotary_percent"}
+    settings |= {family.rotary_base_key or "": "rotary_base"}
+    settings |= {family.rotary_percent_key or "": "rotary_percent"}
+    checked = [problem_of(key, config.get(key), ours) for key, ours in settings.items()]
+    settings |= _SCALING_KEYS
+    checked += [problem_of(key, parameters.get(key), ours) for key, ours in settings.items()]
+    checked += [
+        f"{key} {shown(parameters[key])}: must be a string"
+        for key in ("rope_type", "type")
+        if not isinstance(parameters.get(key, ""), str)
+    ]
+    return [problem for problem in checked if problem is not None]
 
 
 def _scaling(

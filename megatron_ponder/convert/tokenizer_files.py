@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from megatron_ponder.config.schema import DataConfig, TokenizerType
 from megatron_ponder.data.sentencepiece_export import export_tokenizer
@@ -125,20 +124,25 @@ def check_fit(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
 
 
 def load_run_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a run, to export; None for runs on ids.
+    """The tokenizer of a run, to export; None for runs that name none.
 
     Raises:
         ConversionError: it is not where it was, cannot be read, or does not fit.
     """
     if data.tokenizer_type == "NullTokenizer":
         return None
-    advice = "Give its path with --tokenizer-model, or --without-tokenizer."
     if data.tokenizer_model is None:
-        raise ConversionError(f"The run does not say where its tokenizer is. {advice}")
+        logger.warning(
+            "the run names no tokenizer, so the folder gets none: give one with --tokenizer-model, "
+            "or copy its files there"
+        )
+        return None
     try:
         tokenizer = build_tokenizer(data)
     except DataError as error:
-        raise ConversionError(f"{error} {advice}") from None
+        raise ConversionError(
+            f"{error} Give its path with --tokenizer-model, or --without-tokenizer."
+        ) from None
     check_fit(tokenizer, Path(data.tokenizer_model), vocab_size)
     return tokenizer
 
@@ -192,14 +196,3 @@ def _copy_json(path: Path, data: DataConfig, tokenizer: HuggingFaceTokenizer, fo
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["split_special_tokens"] = not (data.parse_special_tokens or has_template)
     write_text(stored, json.dumps(config, indent=1) + "\n")
-
-
-def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Ids for config.json and generation_config.json: what ends a text also pads a batch."""
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return {
-        "bos_token_id": tokenizer.begin[-1] if tokenizer.begin else tokenizer.eod,
-        "eos_token_id": tokenizer.eod,
-        "pad_token_id": tokenizer.eod,
-    }

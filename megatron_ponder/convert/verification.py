@@ -115,10 +115,12 @@ def folder_logits(
         model = loader.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, **more
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConversionError(f"{folder}: transformers cannot load it: {error}") from None
-    model.eval()
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+        logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    except Exception as error:  # transformers raises anything, by what is odd in a folder
+        raise ConversionError(
+            f"{folder}: transformers cannot run it, so that there is nothing to compare with: "
+            f"{error!r:.500}. --no-verify converts without comparing."
+        ) from error
     return logits
 
 
@@ -150,6 +152,21 @@ def source_logits(
         return folder_logits(Path(made), ids, ours=architecture, trust_remote_code=False)
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight with which no logits could be compared.
+
+    Raises:
+        ConversionError: it holds NaN or infinity.
+    """
+    num_bad = tensor.numel() - int(tensor.isfinite().sum())
+    if num_bad:
+        raise ConversionError(
+            f"{name}: {num_bad} of {tensor.numel()} values are NaN or infinite, so that the model "
+            "computes nothing. Take the weights from before its training diverged; --no-verify "
+            "converts them as they are."
+        )
+
+
 def compare(source: Tensor, result: Tensor) -> None:
     """Report the largest difference of logits.
 
@@ -160,6 +177,11 @@ def compare(source: Tensor, result: Tensor) -> None:
     Raises:
         ConversionError: it is too large.
     """
+    if not source.isfinite().all():
+        raise ConversionError(
+            "The source's own logits are not finite numbers, so that the result cannot be compared "
+            "with them: its weights overflow fp32. --no-verify converts all the same."
+        )
     difference = (result[..., : source.size(-1)] - source).abs()
     largest = float(torch.nan_to_num(difference, nan=float("inf")).max())
     allowed = TOLERANCE * max(1.0, float(source.abs().max()))

@@ -52,6 +52,7 @@ CHANGES: dict[str, Any] = {
     "init_method": "small",
     "init_method_std": 0.01,
     "small_init_depth_counts_thoughts": True,
+    "generation_defaults": "{}",
 }
 """For each setting of the model a value that the small run does not have."""
 BASE = {"kv_channels": 8, "max_position_embeddings": 16}

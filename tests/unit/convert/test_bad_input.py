@@ -118,6 +118,33 @@ def no_weights(folder: Path) -> None:
         path.unlink()
 
 
+def not_a_number(folder: Path) -> None:
+    weights = load_file(shards(folder)[0])
+    name = next(iter(weights))
+    weights[name].view(-1)[3] = float("nan")
+    save_file(weights, shards(folder)[0], {"format": "pt"})
+
+
+def giant(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=10**9)
+
+
+def deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 300 + "1" + "}" * 300)
+
+
+def bottomless_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 100_000)
+
+
+def no_id(folder: Path) -> None:
+    change_config(folder, eos_token_id=[1, "2"])
+
+
+def broken_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("[]")
+
+
 def quantised(folder: Path) -> None:
     whole = load_file(shards(folder)[0])
     save_file({name: t.to(torch.int8) for name, t in whole.items()}, shards(folder)[0])
@@ -134,7 +161,7 @@ BAD_FOLDERS: dict[Callable[[Path], None], str] = {
     no_safetensors: "no complete safetensors file",
     index_of_another_model: "which model.safetensors.index.json says is there",
     index_that_leaves_the_folder: "names files outside of the folder",
-    broken_index: "no index of weight files",
+    broken_index: "cannot be read",
     wrong_shape: "has shape [88, 32], must have [96, 32]",
     missing_layer: "model.layers.4.input_layernorm.weight is missing",
     superfluous_layer: "model.layers.3.input_layernorm.weight has no place in the model",
@@ -146,6 +173,12 @@ BAD_FOLDERS: dict[Callable[[Path], None], str] = {
     pickled_code: "Only files that torch loads with weights_only are read",
     old_pickle: "cannot be read",
     no_weights: "there is neither model.safetensors nor",
+    not_a_number: "are NaN or infinite",
+    giant: "it describes a model of",
+    deep_config: "nested more than 50 deep",
+    bottomless_config: "cannot be read",
+    no_id: "eos_token_id [1, '2']: must be an id",
+    broken_generation_config: "must be a JSON object",
     quantised: "Quantised weights cannot be converted",
     large_tokenizer: "has 201 ids, but the model's vocabulary has 101",
 }
@@ -171,25 +204,36 @@ def test_bad_folders(tmp_path: Path) -> None:
         code, printed, left = found[damage.__name__]
         assert code == 2 and reason in printed, (damage, printed)
         assert "Traceback" not in printed and left == ["source"], (damage, left)
+        assert "report" not in printed
     assert not Path("/tmp/megatron_ponder_was_unpickled").exists()
 
 
 def targets(folder: Path) -> None:
-    """What is there stays, unless --overwrite; and until the new one is complete."""
+    """What is there stays: without --overwrite all of it, with it what no conversion wrote."""
     write_stock_model("gpt2", folder / "source")
     save = folder / "checkpoint"
-    flags = ("import", "--hf-path", str(folder / "source"), "--save", str(save))
+    flags = ("import", "--hf-path", str(folder / "source"), "--save", str(save), "--no-verify")
     save.mkdir()
     convert_well(*flags)  # an empty folder is as good as none
-    (save / "mine").write_text("precious")
     code, printed = convert(*flags)
     assert code == 2 and "is there and not empty" in printed
+    (save / "iter_0000000" / "notes").mkdir()
+    for name in ("mine", "iter_0000000/notes/mine"):
+        (save / name).write_text("precious")
+    before = (save / "iter_0000000" / "files.json").stat().st_ino
     (folder / "source" / "config.json").rename(folder / "config.json")
     assert convert(*flags, "--overwrite")[0] == 2
-    assert (save / "mine").read_text() == "precious"
+    assert (save / "iter_0000000" / "files.json").stat().st_ino == before
     (folder / "config.json").rename(folder / "source" / "config.json")
     convert_well(*flags, "--overwrite")
-    assert not (save / "mine").exists()
+    assert (save / "iter_0000000" / "files.json").stat().st_ino != before
+    for name in ("mine", "iter_0000000/notes/mine"):
+        assert (save / name).read_text() == "precious"
+    latest = save / "latest_checkpointed_iteration.txt"
+    latest.write_text("10\n")  # as training would
+    code, printed = convert(*flags, "--overwrite")
+    assert code == 2 and f"{latest.name} would be lost" in printed and latest.read_text() == "10\n"
+    latest.write_text("0\n")
     for target in (folder, folder / "source"):
         code, printed = convert(*flags[:3], "--save", str(target), "--overwrite")
         assert code == 2 and "contains the source" in printed
@@ -198,15 +242,38 @@ def targets(folder: Path) -> None:
     assert code == 2 and "is a file" in printed
     code, printed = convert(*flags[:3], "--save", str(folder / "file" / "below"))
     assert code == 2 and "Traceback" not in printed
-    export = ("export", "--load", str(save), "--hf-path")
-    code, printed = convert(*export, str(folder / "out"))
-    assert code == 2 and "--without-tokenizer" in printed
-    code, printed = convert(*export, str(save), "--without-tokenizer", "--overwrite")
+    code, printed = convert(
+        "export", "--load", str(save), "--hf-path", str(save), "--without-tokenizer", "--overwrite"
+    )
     assert code == 2 and "contains the source" in printed
     code, printed = convert("export", "--load", str(folder / "source"), "--hf-path", "x")
     assert code == 2 and "is a Hugging Face folder" in printed
-    names = {"source", "checkpoint", "file"}
+    exports(folder, save)
+    names = {"source", "checkpoint", "file", "out", "theirs"}
     assert {path.name for path in folder.iterdir()} == names
+
+
+def exports(folder: Path, save: Path) -> None:
+    """The same for the other way; a run without a tokenizer exports with a warning."""
+    out = folder / "out"
+    flags = ("export", "--load", str(save), "--hf-path", str(out), "--no-verify")
+    assert "names no tokenizer" in convert_well(*flags, "--max-shard-size", "40KB")
+    (out / "mine").mkdir()
+    (out / "mine" / "adapter.safetensors").write_text("precious")
+    convert_well(*flags, "--overwrite")
+    assert (out / "mine" / "adapter.safetensors").read_text() == "precious"
+    assert [path.name for path in shards(out)] == ["model.safetensors"]
+    assert not (out / INDEX).exists()
+    (out / "README.md").write_text("my own words")
+    code, printed = convert(*flags, "--overwrite")
+    assert code == 2 and "README.md would be lost" in printed
+    assert (out / "README.md").read_text() == "my own words" and shards(out)
+    theirs = folder / "theirs"
+    write_stock_model("gpt2", theirs)
+    content = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    code, printed = convert(*flags[:3], "--hf-path", str(theirs), "--overwrite")
+    assert code == 2 and "config.json would be lost" in printed
+    assert content == {path.name: path.read_bytes() for path in theirs.iterdir()}
 
 
 def test_targets(tmp_path: Path) -> None:

@@ -139,6 +139,20 @@ REFUSED = [
     (of_type("mistral"), "sliding_window 4096"),
     (of_type("qwen2", use_sliding_window=True, sliding_window=8), "sliding_window 8"),
     (of_type("qwen3", layer_types=["linear_attention"] * 2), "layer_types linear_attention"),
+    (LLAMA | {"num_attention_heads": 0}, "num_attention_heads 0: must be at least 1"),
+    (LLAMA | {"num_hidden_layers": 3.5}, "num_hidden_layers 3.5: must be a whole number"),
+    (LLAMA | {"hidden_size": 10**30}, "must be a whole number below 2^31"),
+    (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps nan: must be a finite number"),
+    (LLAMA | {"rms_norm_eps": 10**400}, "must be a finite number"),
+    (LLAMA | {"rope_theta": True}, "rope_theta True: must be a finite number"),
+    (LLAMA | {"rope_scaling": True}, "rope_scaling True: must be an object"),
+    (LLAMA | {"rope_scaling": {"type": []}}, "type []: must be a string"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor '2': must be a finite"),
+    (LLAMA | {"hidden_act": ["silu"]}, "hidden_act ['silu']: must be a string"),
+    (LLAMA | {"tie_word_embeddings": "false"}, "tie_word_embeddings 'false': must be true or"),
+    (LLAMA | {"attention_bias": "no"}, "attention_bias 'no': must be true or false"),
+    (of_type("qwen2", layer_types=3), "layer_types 3: must be a list of strings"),
+    (of_type("qwen2", sliding_window="8"), "sliding_window '8': must be a whole number"),
 ]
 
 
@@ -188,6 +202,7 @@ AUTHORS = {
     "scale_embeds": True,
     "interpolation": False,
 }
+NAMED = LLAMA | AUTHORS | {"method": "ponderlm2"}
 OLDER = {
     "more_iterations": 2,
     "eval_refinement_steps": 4,
@@ -197,18 +212,42 @@ OLDER = {
 
 
 @pytest.mark.parametrize("keys", [AUTHORS, OLDER])
-def test_both_families_of_keys(keys: dict[str, Any]) -> None:
-    """The authors' checkpoints do not name their method; R tells it."""
-    found = read_method(of_type("gpt_neox", **keys), {})
+@pytest.mark.parametrize("method", ["ponderlm2", "ponderlm", "loop"])
+def test_both_families_of_keys(keys: dict[str, Any], method: str) -> None:
+    """The authors' checkpoints do not name their method, and have R whatever it is."""
+    config = of_type("gpt_neox", **keys)
+    with pytest.raises(ConversionError, match="Give the method .*: --method ponderlm2, ponderlm"):
+        read_method(config, {})
+    found = read_method(config, {"method": method})
     assert found.result == found.result | found.source
-    assert (found.source["method"], found.source["num_latent_thoughts"]) == ("ponderlm2", 2)
+    assert (found.source["method"], found.source["num_latent_thoughts"]) == (method, 2)
     assert found.source["num_jacobi_iterations"] == 4 and found.source["random_jacobi_iterations"]
     assert found.result["max_jacobi_iterations"] == 4  # the authors' range for GPT-NeoX
-    assert "inferred" in found.remark
+    assert "as asked" in found.remark
+
+
+@pytest.mark.parametrize("key", ["num_latent_thoughts", "scale_embeds", "pause_token_id"])
+def test_one_key_of_a_method_is_enough_to_ask(key: str) -> None:
+    """Also with K = 0: methods scale embeddings differently."""
+    with pytest.raises(ConversionError, match="Give the method"):
+        read_method(LLAMA | {key: False if key == "scale_embeds" else 0}, {})
+    plain = read_method(LLAMA | {key: 0}, {"method": "vanilla"})
+    assert plain.source == plain.result == {"method": "vanilla"}
+
+
+def test_what_the_authors_files_ignore() -> None:
+    """Their ponderlm mixes all embeddings; what this package exports means what it says."""
+    authors = LLAMA | AUTHORS | {"interpolation_use_topk": True}
+    found = read_method(authors, {"method": "ponderlm"})
+    assert found.source["interpolation_use_topk"] is False is found.result["interpolation_use_topk"]
+    assert read_method(authors, {"method": "ponderlm2"}).source["interpolation_use_topk"]
+    assert read_method(authors | {"method": "ponderlm"}, {}).source["interpolation_use_topk"]
+    stock = read_method(authors | {"method": "ponderlm2", "recurrent_model": False}, {})
+    assert stock.source == {"method": "vanilla"}
 
 
 def test_what_is_asked_beats_what_is_stored() -> None:
-    found = read_method(LLAMA | AUTHORS, {"num_jacobi_iterations": 6})
+    found = read_method(LLAMA | AUTHORS, {"method": "ponderlm2", "num_jacobi_iterations": 6})
     assert found.result["num_jacobi_iterations"] == 6
     assert found.source["num_jacobi_iterations"] == 4
     stated = LLAMA | AUTHORS | {"method": "ponderlm2"}
@@ -221,13 +260,16 @@ def test_what_is_asked_beats_what_is_stored() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (LLAMA | {"recurrent_model": True, "num_latent_thoughts": 3}, "Give --method"),
-        (LLAMA | AUTHORS | {"pause_token_id": 7}, "Give --method"),
-        (LLAMA | AUTHORS | {"more_iterations": 3}, "num_latent_thoughts 2 and more_iterations 3"),
+        (LLAMA | {"recurrent_model": True}, "--method ponderlm2"),
+        (LLAMA | AUTHORS | {"pause_token_id": 7}, "--method ponderlm2"),
+        (NAMED | {"more_iterations": 3}, "num_latent_thoughts 2 and more_iterations 3"),
         (LLAMA | {"method": "loop", "num_latent_thoughts": 3}, "Give --scale-embeds"),
         (LLAMA | {"method": "pause", "scale_embeds": True}, "--num-latent-thoughts, --pause-token"),
-        (LLAMA | AUTHORS | {"num_latent_thoughts": "2"}, "must be of type int"),
-        (LLAMA | AUTHORS | {"num_jacobi_iterations": True}, "must be of type int"),
+        (NAMED | {"num_latent_thoughts": "2"}, "must be a whole number"),
+        (NAMED | {"num_jacobi_iterations": True}, "must be a whole number"),
+        (NAMED | {"ponderlm_feedback": "x"}, "must be mixture or hidden"),
+        (LLAMA | {"recurrent_model": "yes"}, "must be true or false"),
+        (LLAMA | {"method": "os.path"}, "must name a method"),
     ],
 )
 def test_methods_that_are_not_clear(config: dict[str, Any], reason: str) -> None:

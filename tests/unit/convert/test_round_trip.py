@@ -27,6 +27,7 @@ from tests.unit.convert.conversion import (
     round_trip,
     stored_weights,
 )
+from tests.unit.convert.special_ids import SPECIAL_IDS, assert_same_generation, set_ids
 from tests.unit.convert.stock_models import MODELS, build_stock_model, write_stock_model
 
 pytestmark = pytest.mark.thorough
@@ -55,8 +56,10 @@ def round_trips(folder: Path) -> dict[str, float]:
     for number, name in enumerate(MODELS):
         here = folder / str(number)
         write_stock_model(name, here / "source")
+        set_ids(here / "source", *SPECIAL_IDS[config_of(here / "source")["model_type"]])
         result = round_trip(here / "source", here, verify=False)
         assert_same_weights(here / "source", result)
+        assert_same_generation(here / "source", result)
         model = AutoModelForCausalLM.from_pretrained(result).eval()
         with torch.no_grad():
             expected = build_stock_model(name)(IDS).logits
@@ -68,7 +71,7 @@ def round_trips(folder: Path) -> dict[str, float]:
 
 
 def test_stock_models(tmp_path: Path) -> None:
-    """Architectures, rope forms, biases, tied embeddings."""
+    """Architectures, rope forms, biases, tied embeddings, special ids."""
     found = alone(round_trips, tmp_path)
     assert len(found) == len(MODELS)
     assert max(found.values()) <= LOGITS_ABSOLUTE, found
