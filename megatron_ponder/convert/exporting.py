@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def export_checkpoint(options: ExportOptions) -> None:
         ) as folder,
         running(config.parallel, config.training.seed),
     ):
-        _write_weights(folder, checkpoint, config, dtype, options)
+        _write_weights(folder, checkpoint, config, dtype, options.max_shard_bytes)
         _write_json(folder / "config.json", stock)
         if generation is not None:
             _write_json(folder / GENERATION_CONFIG, generation)
@@ -112,30 +112,19 @@ def build_huggingface_config(config: ResolvedConfig) -> dict[str, Any]:
 
 
 def _write_weights(
-    folder: Path,
-    checkpoint: Path,
-    config: ResolvedConfig,
-    dtype: torch.dtype,
-    options: ExportOptions,
+    folder: Path, checkpoint: Path, config: ResolvedConfig, dtype: torch.dtype, max_bytes: int
 ) -> None:
     """All weight files and their index."""
     parameters = StoredParameters(config)
     reader = ParameterReader(checkpoint, parameters)
-
-    def read(name: str) -> Tensor:
-        tensor = reader.read(name)
-        if options.verify:
-            verification.check_finite(f"{checkpoint}: {name}", tensor)
-        return tensor
-
-    shards = plan_shards(config, parameters, options.max_shard_bytes // dtype.itemsize)
+    shards = plan_shards(config, parameters, max_bytes // dtype.itemsize)
     described = [[tensor for _, tensors in shard for tensor in tensors] for shard in shards]
     total = sum(tensor.numel for shard in described for tensor in shard) * dtype.itemsize
     check_space(folder, total)
     with log.progress(total, "writing weights", "B", unit_scale=True) as bar:
         for name, shard, tensors in zip(shard_names(len(shards)), shards, described, strict=True):
             rules = [rule for rule, _ in shard]
-            parts = _convert(rules, read, config, dtype, bar)
+            parts = _convert(rules, reader, config, dtype, bar)
             write_safetensors(folder / name, tensors, parts, dtype)
     write_index(folder, described, dtype.itemsize)
 
@@ -170,14 +159,14 @@ def _on_meta(rule: Rule, parameters: StoredParameters, config: ResolvedConfig) -
 
 def _convert(
     rules: list[Rule],
-    read: Callable[[str], Tensor],
+    reader: ParameterReader,
     config: ResolvedConfig,
     dtype: torch.dtype,
     bar: "tqdm[Any]",
 ) -> Iterator[Tensor]:
     """The tensors of a file, one parameter at a time."""
     for rule in rules:
-        for part in rule.split(read(rule.ours), config.model):
+        for part in rule.split(reader.read(rule.ours), config.model):
             yield part
             bar.update(part.numel() * dtype.itemsize)
 

@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ponder.convert.json_values import shown
 from megatron_ponder.convert.weight_rules import OUTPUT_LAYER, Rule
 from megatron_ponder.errors import ConversionError
 
@@ -78,7 +79,7 @@ def find_family(name: object) -> Family:
     """
     if name not in family_names():
         raise ConversionError(
-            f"model_type {name!r} is not supported. Supported: {', '.join(family_names())}."
+            f"model_type {shown(name)} is not supported. Supported: {', '.join(family_names())}."
         )
     family = importlib.import_module(f"{FAMILIES_PACKAGE}.{name}").FAMILY
     assert isinstance(family, Family)

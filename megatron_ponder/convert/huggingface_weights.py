@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ PYTORCH = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, struct.error, ArithmeticError, AssertionError, AttributeError),
+    *(EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+)
+"""What torch.load raises for a damaged file, by where the damage is."""
 _BUFFERS = re.compile(
     r"(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.attention\.(bias|masked_bias))$"
 )
@@ -99,8 +105,8 @@ class WeightFiles:
         )
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+        except _UNPICKLING_ERRORS as error:
+            reason = (str(error).splitlines() or [repr(error)])[0]
             raise ConversionError(f"{path}: cannot be read: {reason} {advice}") from None
         if not isinstance(content, Mapping):
             raise ConversionError(f"{path}: holds no tensors by name. {advice}")

@@ -88,8 +88,9 @@ def problem_of(key: str, value: object, setting: str) -> str | None:
 def _has_type(value: object, kind: type) -> bool:
     """Whether JSON means this type: true is no number, 3.0 is no whole one."""
     if kind is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        return -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT
     if kind is int and type(value) is int:
         return abs(value) < _LARGEST
     return type(value) is kind

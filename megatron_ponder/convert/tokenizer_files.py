@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_ponder.config.schema import DataConfig, TokenizerType
 from megatron_ponder.data.sentencepiece_export import export_tokenizer
