@@ -44,14 +44,23 @@ def with_tokenizer(folder: Path) -> None:
     assert run.model.generation_defaults == read_config(stored).model.generation_defaults
     result = folder / "result"
     convert_well("export", "--load", str(checkpoint), "--hf-path", str(result), "--no-verify")
-    for name in (*files, "tokenizer.json", "generation_config.json"):
+    for name in ("special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
         before, after = (source / name).read_text(), (result / name).read_text()
         assert after == before or json.loads(after) == json.loads(before), name
+    written = json.loads((result / "tokenizer_config.json").read_text())
+    assert {key: written[key] for key in ("bos_token", "eos_token")} == {
+        key: described[key] for key in ("bos_token", "eos_token")
+    }
     assert_same_generation(source, result)
 
 
 def test_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
     alone(with_tokenizer, tmp_path)
+
+
+def tokenizer(end: int, begin: tuple[int, ...] = ()) -> Any:
+    """What is asked of a tokenizer."""
+    return SimpleNamespace(eod=end, begin=begin)
 
 
 def gradient_of_row(row: int, **ids: Any) -> float:
@@ -66,9 +75,10 @@ def gradient_of_row(row: int, **ids: Any) -> float:
 
 def test_the_end_of_document_is_trained_again() -> None:
     """A run that began here exports no padding in config.json: stock classes freeze that row."""
-    keys, generation = build_generation_files(None, SimpleNamespace(eod=7))
+    keys, generation = build_generation_files(None, tokenizer(7))
     assert generation is not None
     assert keys == {"bos_token_id": 7, "eos_token_id": 7, "pad_token_id": None}
+    assert build_generation_files(None, tokenizer(7, (4,)))[0]["bos_token_id"] == 4
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (7, 7)
     assert gradient_of_row(7, **keys) > 0
     assert gradient_of_row(7, **keys | {"pad_token_id": 7}) == 0
@@ -76,12 +86,12 @@ def test_the_end_of_document_is_trained_again() -> None:
 
 def test_what_disagrees_is_said(caplog: pytest.LogCaptureFixture) -> None:
     stored = json.dumps({"config": {"eos_token_id": [2, 3], "pad_token_id": 2}, "file": None})
-    keys, generation = build_generation_files(stored, SimpleNamespace(eod=7))
+    keys, generation = build_generation_files(stored, tokenizer(7))
     assert generation is None and keys["eos_token_id"] == [2, 3]
     assert "the tokenizer ends documents with 7" in caplog.text
     assert "never train the embedding of pad_token_id" in caplog.text
     caplog.clear()
-    build_generation_files(stored.replace('"pad_token_id": 2', '"x": 2'), SimpleNamespace(eod=3))
+    build_generation_files(stored.replace('"pad_token_id": 2', '"x": 2'), tokenizer(3))
     assert not caplog.text
     with pytest.raises(ConversionError, match="--generation-defaults '5'"):
         build_generation_files("5", None)
