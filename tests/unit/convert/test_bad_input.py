@@ -342,7 +342,7 @@ def test_no_permission(tmp_path: Path) -> None:
 def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that --help needs no torch, which tests/e2e/test_convert.py measures."""
     for arguments, reason in (
-        (["no-such-command"], "must come first: import, export"),
+        (["no-such-command"], "must come first: import or export"),
         (["export", "--load", "x", "--hf-path", "y", "--max-shard-size", "0GB"], "0GB: must be"),
         (["export", "--load", "x", "--hf-path", "y", "--max-shard-size", "5 apples"], "must be"),
         (["export", "--load", "x", "--hf-path", "y", "--ckpt-step", "-1"], "--ckpt-step -1"),
