@@ -61,5 +61,6 @@ def test_time_is_of_one_call():
     def sleep():
         calls.append(time.sleep(0.002))
 
-    assert 0.002 <= time_s(sleep, is_best=True) <= time_s(sleep) < 0.02
+    # Two measurements: on a busy machine the best of one can exceed the other's median a little.
+    assert 0.002 <= time_s(sleep, is_best=True) <= 1.5 * time_s(sleep) < 0.03
     assert len(calls) < 1000
