@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     from megatron_ponder import log
 
-    log.configure()  # before the imports below, some of which warn
+    log.configure(sys.stderr)  # before the imports below, some of which warn
     from megatron_ponder.inference.generation import run
     from megatron_ponder.runtime.distributed import is_rank_zero
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_ponder import log
     from megatron_ponder.data.inspection import inspect_dataset
 
-    log.configure()
+    log.configure(sys.stderr)
     config = parse(argv)
     result = inspect_dataset(config)
     if config.json:

@@ -44,6 +44,8 @@ class JsonTokenizer:
     """Ids before every document."""
     ids: frozenset[int]
     """All ids that a token has."""
+    unknown: int | None
+    """Id that stands for whatever the vocabulary lacks, if there is one."""
     refused: frozenset[int]
     """Special ids that the model could still give for a text that spells them."""
 
@@ -81,6 +83,9 @@ def load_json_tokenizer(file: Path, config: TokenizerConfig) -> JsonTokenizer:
     adds = begin or model.num_special_tokens_to_add(is_pair=False)
     if adds and not config.tokenizer_hf_include_special_tokens:
         corrected["post_processor"] = _template([(str(model.id_to_token(i)), i) for i in begin])
+    unknown = corrected["model"].get("unk_id")
+    if unknown is None:
+        unknown = vocabulary.get(corrected["model"].get("unk_token"))
     spelled = set() if config.parse_special_tokens else _spelled(corrected)
     return JsonTokenizer(
         model=model,
@@ -88,6 +93,7 @@ def load_json_tokenizer(file: Path, config: TokenizerConfig) -> JsonTokenizer:
         eod=_end_token(file, vocabulary, named),
         begin=begin,
         ids=frozenset(vocabulary.values()),
+        unknown=unknown,
         refused=frozenset(vocabulary[name] for name in _special(content, named) & spelled),
     )
 

@@ -171,8 +171,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(loaded.ids) + 1
         self.eod = loaded.eod
         self.begin = loaded.begin
-        unknown = getattr(self._model.model, "unk_token", None)
-        self.unknown = self._model.token_to_id(unknown) if unknown else None
+        self.unknown = loaded.unknown
         self.unique_identifiers = {
             **_identifiers("HuggingFaceTokenizer", file),
             "eod": str(self.eod),

@@ -7,6 +7,7 @@ ends at the end id, after so many new tokens, or where a table of learned positi
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from megatron_ponder.inference.options import GenerateOptions, SamplingOptions
 from megatron_ponder.inference.sampling import choose
 from megatron_ponder.inference.streaming import TextStream
 from megatron_ponder.runtime.device import device
+
+logger = logging.getLogger(__name__)
 
 END, MAX_NEW_TOKENS, MAX_POSITIONS = "end", "max_new_tokens", "max_positions"
 """Why a text has ended."""
@@ -184,8 +187,13 @@ def _start(
     """The prompts as ids; an empty one begins a new document."""
     texts = []
     for number, prompt in enumerate(prompts):
-        ids = torch.tensor([*tokenizer.begin, *tokenizer.tokenize(prompt)] or [tokenizer.eod])
+        plain = tokenizer.tokenize(prompt)
+        ids = torch.tensor([*tokenizer.begin, *plain] or [tokenizer.eod])
         source = "the prompt" if len(prompts) == 1 else f"prompt {number + 1}"
+        for kind, count in tokenizer.losses(prompt, plain).items():
+            logger.warning(
+                "%s has characters that the model does not see: %d %s", source, count, kind
+            )
         loaded.check_ids(ids, source)
         if loaded.max_tokens is not None and len(ids) > loaded.max_tokens:
             raise DataError(

@@ -99,7 +99,8 @@ def test_a_tokenizer_that_has_no_other_spelling_refuses_the_text(tmp_path: Path)
         with pytest.raises(DataError, match="spells the special token '</s>'.*--parse-special"):
             call("a </s> b")
     assert build(folder, parse_special_tokens=True).tokenize("a </s> b") == [2, 1, 3]
-    assert tokenizer.losses("a c", [2, 0]) == {"unknown to the vocabulary": 1}
+    for each, text in ((tokenizer, "a c"), (build(write(folder, json_tokenizers.unigram())), "ac")):
+        assert each.losses(text, each.tokenize(text)) == {"unknown to the vocabulary": 1}
 
 
 def tiktoken_vocabulary(folder: Path, **more: Any) -> str:
