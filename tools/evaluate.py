@@ -1,10 +1,10 @@
 """Scores text with a trained model and prints one JSON object.
 
-    python tools/evaluate.py --load runs/llama --data-path data/held_out_text_document
-    python tools/evaluate.py --load runs/llama --text-file book.txt --num-jacobi-iterations 1 3 6
-    python tools/evaluate.py --load runs/llama --text-file book.txt --stride 512
-    torchrun --nproc-per-node 4 tools/evaluate.py --load runs/llama --text-file docs/
-    python tools/evaluate.py --load runs/llama --token-ids ids.npy --dump-logits logits.npy
+    python tools/evaluate.py --load runs/ponder --data-path data/held_out_text_document
+    python tools/evaluate.py --load runs/ponder --text-file book.txt --num-jacobi-iterations 1 3 6
+    python tools/evaluate.py --load runs/ponder --text-file book.txt --stride 512
+    torchrun --nproc-per-node 4 tools/evaluate.py --load runs/ponder --text-file docs/
+    python tools/evaluate.py --load runs/ponder --token-ids ids.npy --dump-logits logits.npy
 
 `loss` is the mean cross entropy per token in nats, `perplexity` its exponential, `bits_per_byte`
 the same information per byte of text, which models with different tokenizers can be compared by.

@@ -1,9 +1,9 @@
 """Continues texts with a trained model.
 
-    python tools/generate.py --load runs/llama --prompt "def main(" --temperature 0.8 --top-k 40
-    python tools/generate.py --load runs/llama --prompt "The " --prompt "A " --temperature 0
-    python tools/generate.py --load runs/llama --prompt-file prompts.jsonl --json > texts.json
-    torchrun --nproc-per-node 4 tools/generate.py --load runs/llama --prompt "The "
+    python tools/generate.py --load runs/ponder --prompt "def main(" --temperature 0.8 --top-k 40
+    python tools/generate.py --load runs/ponder --prompt "The " --prompt "A " --temperature 0
+    python tools/generate.py --load runs/ponder --prompt-file prompts.jsonl --json > texts.json
+    torchrun --nproc-per-node 4 tools/generate.py --load runs/ponder --prompt "The "
 
 A single text is printed as it grows; several are continued together. Keys and values of all slots,
 thoughts included, are kept between tokens; --no-use-cache computes the whole training forward for

@@ -18,7 +18,7 @@ import yaml
 
 from megatron_ponder.config.flags import check_flags, did_you_mean
 from megatron_ponder.config.help_texts import HELP
-from megatron_ponder.config.presets import PRESETS
+from megatron_ponder.config.presets import AUTHORS, PRESETS
 from megatron_ponder.config.schema import RunConfig
 from megatron_ponder.errors import ConfigError
 
@@ -45,6 +45,10 @@ class _CommandLine:
     """YAML file with settings, for example run_config.yaml of a checkpoint."""
     preset: str | None = None
     """Shape of a known model, from the list above."""
+    reproduce_authors: bool = False
+    """Set what the authors' files have otherwise than our defaults. llama: --norm-epsilon
+    0.1 --no-eod-as-target. gpt_neox: --no-eod-as-target --ponderlm-feedback hidden. Overrides
+    preset and YAML file; flags override it."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
@@ -65,11 +69,21 @@ def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -
     config_path, preset = _sources(argv)
     from_yaml = _read_yaml(config_path) if config_path else {}
     stated_preset = from_yaml.pop("preset", None)
+    reproduces = from_yaml.pop("reproduce_authors", False)
     preset = stated_preset if preset is None else preset
     tokens = [] if preset is None else _preset_tokens(preset)
     if config_path:
         tokens += _checked_tokens(from_yaml, config_path)
-    return _parse(_CommandLine, [*tokens, *argv], prog, description).run
+    if not isinstance(reproduces, bool):
+        raise ConfigError(
+            f"{config_path}: reproduce_authors: {reproduces!r} is neither true nor false."
+        )
+    tokens += _tokens("reproduce_authors", reproduces)
+    parsed = _parse(_CommandLine, [*tokens, *argv], prog, description)
+    if parsed.reproduce_authors:
+        tokens += _authors_tokens(parsed.run.model.architecture)
+        parsed = _parse(_CommandLine, [*tokens, *argv], prog, description)
+    return parsed.run
 
 
 def parse_options(
@@ -209,6 +223,16 @@ def _preset_tokens(name: object) -> list[str]:
             f"Known: {', '.join(PRESETS)}."
         )
     return [token for key, value in PRESETS[name].items() for token in _tokens(key, value)]
+
+
+def _authors_tokens(architecture: str) -> list[str]:
+    """The flags that --reproduce-authors stands for."""
+    if architecture not in AUTHORS:
+        raise ConfigError(
+            f"--reproduce-authors: the authors have no files for {architecture}, only for "
+            f"{' and '.join(AUTHORS)}."
+        )
+    return [token for key, value in AUTHORS[architecture].items() for token in _tokens(key, value)]
 
 
 def _checked_tokens(settings: Mapping[str, Any], source: str) -> list[str]:

@@ -64,6 +64,13 @@ def _shape(base: Preset, hidden: int, ffn: int, layers: int, heads: int, std: fl
     }
 
 
+AUTHORS: dict[str, Preset] = {
+    "llama": {"norm_epsilon": 0.1, "eod_as_target": False},
+    "gpt_neox": {"eod_as_target": False, "ponderlm_feedback": "hidden"},
+}
+"""What the authors' files have otherwise than our defaults, by architecture: --reproduce-authors.
+ponderlm_feedback matters to the method ponderlm only."""
+
 # Rows: hidden_size, ffn_hidden_size, num_layers, num_attention_heads, init_method_std (used by
 # vanilla only; the authors take 0.01 from 834m on).
 PRESETS: dict[str, Preset] = {

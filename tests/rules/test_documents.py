@@ -49,7 +49,7 @@ OPTIONS = (
 OTHERS_FLAGS = frozenset(
     # torchrun, docker, pip, mypy, tests.mutation, our entry points' own, the quickstart
     "nproc-per-node standalone nnodes redirects log-dir rdzv-endpoint target rm gpus ipc config "
-    "preset help folder fresh methods count all strict".split()
+    "preset reproduce-authors help folder fresh methods count all strict".split()
 )
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]+)")
@@ -110,6 +110,18 @@ def test_every_architecture_has_a_recipe_of_every_method() -> None:
     for folder in ("llama", "pythia", "gpt2"):
         names = {Path(path).name.split("-")[0] for path in YAMLS if f"/{folder}/" in path}
         assert names == {"vanilla", "ponderlm2", "ponderlm", "loop", "pause"}
+
+
+@pytest.mark.parametrize("path", YAMLS)
+def test_recipes_say_where_the_authors_differ(path: str) -> None:
+    """And the flag that they name sets every setting that they say it sets."""
+    if path.startswith(("examples/gpt2", "examples/quickstart")):
+        return
+    text = (ROOT / path).read_text()
+    assert "--reproduce-authors" in text
+    config = parse_args(["--config", str(ROOT / path), "--reproduce-authors"], prog="test")
+    assert not config.data.eod_as_target and "is never a target" in text
+    assert (config.model.norm_epsilon == 0.1) == ("epsilon 0.1" in text)
 
 
 def test_what_the_images_copy_is_there() -> None:

@@ -180,3 +180,21 @@ for group in dataclasses.fields(RunConfig):
         "--use-distributed",
     ):
         assert part in shown.stdout
+
+
+def test_the_authors_settings_win_over_files_and_lose_to_flags(tmp_path: Path) -> None:
+    path = write(tmp_path, "preset: llama-410m\nnorm_epsilon: 0.01\neod_as_target: true\n")
+    config = parse("--config", path, "--reproduce-authors")
+    assert (config.model.norm_epsilon, config.data.eod_as_target) == (0.1, False)
+    config = parse("--config", path, "--reproduce-authors", "--norm-epsilon", "1e-6")
+    assert (config.model.norm_epsilon, config.data.eod_as_target) == (1e-6, False)
+    config = parse("--preset", "pythia-70m", "--reproduce-authors")
+    assert config.model.norm_epsilon == 1e-5 and not config.data.eod_as_target
+    assert config.method.ponderlm_feedback == "hidden"
+    path = write(tmp_path, "preset: llama-410m\nreproduce_authors: true\n")
+    assert parse("--config", path).model.norm_epsilon == 0.1
+    assert parse("--config", path, "--no-reproduce-authors").model.norm_epsilon == 1e-5
+    with pytest.raises(ConfigError, match="no files for gpt2, only for llama and gpt_neox"):
+        parse("--preset", "gpt2", "--reproduce-authors")
+    with pytest.raises(ConfigError, match="reproduce_authors: 'maybe' is neither true nor false"):
+        parse("--config", write(tmp_path, "reproduce_authors: maybe\n"))
