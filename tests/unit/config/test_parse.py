@@ -169,7 +169,9 @@ for group in dataclasses.fields(RunConfig):
     assert shown.returncode == 0, shown.stderr
     words = " ".join(shown.stdout.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
     for group in dataclasses.fields(RunConfig):
-        texts = {t.arg_name: t.description for t in parse_from_object(group.type).params}
+        kinds = [kind for kind in group.type.__mro__ if dataclasses.is_dataclass(kind)]
+        params = [param for kind in kinds for param in parse_from_object(kind).params]
+        texts = {param.arg_name: param.description for param in params}
         assert texts.keys() == {field.name for field in dataclasses.fields(group.type)}
         for text in texts.values():
             assert " ".join(text.split()) in words
