@@ -50,18 +50,27 @@ logger = logging.getLogger(__name__)
 def find_checkpoint(config: CheckpointConfig) -> Path | None:
     """The checkpoint that a run is to start from; None for a fresh start.
 
+    A run that resumes (--load is also --save) takes its newest checkpoint with complete files, and
+    logs what is wrong with newer ones. Without --save, or with --ckpt-step, only the checkpoint
+    that was asked for is taken.
+
     Raises:
         CheckpointError: --load names a folder without the wanted checkpoint, unless it is also
-            --save and still empty; or the checkpoint is incomplete; or it is a Hugging Face folder.
+            --save and still empty; or no checkpoint is complete; or it is a Hugging Face folder.
     """
     if config.load is None:
         return None
     folder = Path(config.load)
     is_own = config.save is not None and Path(config.save).resolve() == folder.resolve()
-    if is_own and config.ckpt_step is None and storage.latest_iteration(folder) is None:
+    if config.ckpt_step is not None or not is_own:
+        return locate(folder, config.ckpt_step)
+    if not storage.stored_iterations(folder) and not (folder / storage.LATEST_FILE).is_file():
         storage.refuse_huggingface(folder)
         return None
-    return locate(folder, config.ckpt_step)
+    checkpoint, problems = storage.newest_complete(folder)
+    if problems:
+        logger.warning("resuming from %s. %s", checkpoint, " ".join(problems))
+    return checkpoint
 
 
 def locate(folder: Path, ckpt_step: int | None = None) -> Path:

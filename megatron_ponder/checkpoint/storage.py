@@ -56,13 +56,13 @@ def latest_iteration(folder: Path) -> int | None:
     path = folder / LATEST_FILE
     if not path.is_file():
         return None
-    text = path.read_text().strip()
-    if not text.isdigit():
+    content = path.read_bytes()[:40].strip()
+    if not content.isdigit():
         raise CheckpointError(
-            f"{path} holds {text[:40]!r}, not an iteration. Write the iteration to load into it, "
+            f"{path} holds {content!r}, not an iteration. Write the iteration to load into it, "
             "or give --ckpt-step."
         )
-    return int(text)
+    return int(content)
 
 
 def choose_iteration(folder: Path, ckpt_step: int | None) -> int:
@@ -84,6 +84,42 @@ def choose_iteration(folder: Path, ckpt_step: int | None) -> int:
             f"Stored iterations: {have}."
         )
     return wanted
+
+
+def newest_complete(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run whose files are complete.
+
+    Iterations after the one in the text file are left from before the run was resumed at an earlier
+    one; they count only if the text file does not help.
+
+    Returns:
+        The checkpoint's folder, and what is wrong with the text file and with newer checkpoints.
+
+    Raises:
+        CheckpointError: none is complete.
+    """
+    problems = []
+    stored = stored_iterations(folder)
+    try:
+        newest = latest_iteration(folder)
+        if newest is None:
+            problems.append(f"{folder / LATEST_FILE} is missing.")
+        elif newest not in stored:
+            problems.append(f"{iteration_folder(folder, newest)} is missing.")
+    except CheckpointError as error:
+        newest = None
+        problems.append(str(error))
+    for iteration in reversed(stored):
+        if newest is not None and iteration > newest:
+            continue
+        checkpoint = iteration_folder(folder, iteration)
+        try:
+            check_files(checkpoint)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        return checkpoint, problems
+    raise CheckpointError(f"--load {folder}: no checkpoint is complete. {' '.join(problems)}")
 
 
 def refuse_huggingface(folder: Path) -> None:
@@ -167,12 +203,25 @@ def check_files(checkpoint: Path) -> None:
             f"{checkpoint} is incomplete: {SIZES_FILE} is missing. Copy the checkpoint again, or "
             "load another iteration with --ckpt-step."
         )
-    damaged = list(_damage(checkpoint, json.loads(sizes_path.read_text())))
+    damaged = list(_damage(checkpoint, _read_sizes(sizes_path)))
     if damaged:
         raise CheckpointError(
             f"{checkpoint} is damaged: {'; '.join(damaged)}. Copy the checkpoint again, or load "
             "another iteration with --ckpt-step."
         )
+
+
+def _read_sizes(path: Path) -> dict[str, int]:
+    try:
+        sizes = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        sizes = None
+    if not isinstance(sizes, dict) or any(type(size) is not int for size in sizes.values()):
+        raise CheckpointError(
+            f"{path} is damaged. Copy the checkpoint again, or load another iteration with "
+            "--ckpt-step."
+        )
+    return sizes
 
 
 def _damage(checkpoint: Path, sizes: dict[str, int]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """What lies in a checkpoint folder, and what is said when it is not what it should be."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,68 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     Path(folder, storage.LATEST_FILE).write_text("ten")
     with pytest.raises(CheckpointError, match="'ten'"):
         find_checkpoint(CheckpointConfig(load=folder))
+
+
+def _lose_tracker(folder: Path) -> None:
+    (folder / storage.LATEST_FILE).unlink()
+
+
+def _garble_tracker(folder: Path) -> None:
+    (folder / storage.LATEST_FILE).write_bytes(b"\xff\xfe1")
+
+
+def _lose_checkpoint(folder: Path) -> None:
+    shutil.rmtree(folder / "iter_0000010")
+
+
+def _cut_data(folder: Path) -> None:
+    (folder / "iter_0000010" / "__0_0.distcp").write_bytes(b"x")
+
+
+def _garble_sizes(folder: Path) -> None:
+    (folder / "iter_0000010" / storage.SIZES_FILE).write_text('{"a"')
+
+
+@pytest.mark.parametrize(
+    ("damage", "taken", "named"),
+    [
+        (_lose_tracker, 10, "latest_checkpointed_iteration.txt is missing"),
+        (_garble_tracker, 10, "not an iteration"),
+        (_lose_checkpoint, 5, "iter_0000010 is missing"),
+        (_cut_data, 5, "has 1 bytes, was written with 100"),
+        (_garble_sizes, 5, "files.json is damaged"),
+    ],
+)
+def test_a_run_resumes_from_its_newest_complete_checkpoint(
+    damage: Callable[[Path], None],
+    taken: int,
+    named: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It never starts over beside its checkpoints; without --save it gets what it asked for."""
+    _publish(tmp_path, 5, 10)
+    own = CheckpointConfig(save=str(tmp_path), load=str(tmp_path))
+    found = find_checkpoint(own)
+    assert found is not None and found.name == "iter_0000010" and not caplog.text
+    damage(tmp_path)
+    with caplog.at_level("WARNING", logger="megatron_ponder"):
+        found = find_checkpoint(own)
+    assert found is not None and found.name == f"iter_{taken:07d}"
+    assert "resuming from" in caplog.text and named in caplog.text
+    with pytest.raises(CheckpointError):
+        find_checkpoint(CheckpointConfig(load=str(tmp_path)))
+
+
+def test_later_iterations_count_only_without_the_text_file(tmp_path: Path) -> None:
+    _publish(tmp_path, 5, 10)
+    (tmp_path / storage.LATEST_FILE).write_text("5\n")
+    found, problems = storage.newest_complete(tmp_path)
+    assert found.name == "iter_0000005" and not problems
+    for iteration in (5, 10):
+        (tmp_path / f"iter_{iteration:07d}" / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint is complete.*iter_0000005 is dam"):
+        storage.newest_complete(tmp_path)
 
 
 def test_a_run_does_not_overwrite_another(tmp_path: Path) -> None:
