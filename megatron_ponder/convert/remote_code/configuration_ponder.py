@@ -7,7 +7,7 @@ authors are read too. What a setting does to the forward is in passes.py.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 
@@ -86,7 +86,7 @@ def take_settings(keys: dict[str, Any]) -> dict[str, Any]:
 class PonderConfig:
     """What follows from the settings; mixed into a stock configuration."""
 
-    model_type: str
+    model_type: ClassVar[str]
     method: str
     recurrent_model: bool
     num_latent_thoughts: int
