@@ -86,8 +86,55 @@ def test_right_padding_of_several_samples():
         assert torch.equal(found[2 * row : 2 * row + 2, : ids.size(1)], ids[row].expand(2, -1))
         new = alone[:, prompt.size(1) :]
         assert torch.equal(found[2 * row : 2 * row + 2, ids.size(1) :], new)
-    with pytest.raises(ValueError, match="padded on the left"):
-        model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **GREEDY)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_embeddings_instead_of_ids(model, side):
+    ids, mask = padded(PROMPTS, side, extra=1)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    settings = {"attention_mask": mask, **GREEDY}
+    found = model.generate(inputs_embeds=embeddings, **settings)
+    both = model.generate(ids, inputs_embeds=embeddings, **settings)
+    assert torch.equal(both[:, : ids.size(1)], ids) and torch.equal(both[:, -NEW:], found)
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(found[row, -NEW:], model.generate(prompt, **GREEDY)[0, prompt.size(1) :])
+
+
+@pytest.mark.parametrize("kind", ["returned", "dynamic", "static"])
+def test_a_conversation_padded_on_the_right(model, kind):
+    """The cache has the columns of the text, padding included, in every turn."""
+    kept = {
+        "dynamic": lambda: {"past_key_values": DynamicCache()},
+        "static": lambda: {"past_key_values": StaticCache(config=model.config, max_cache_len=40)},
+    }
+    cache = kept.get(kind, dict)()
+    ids, mask = padded(PROMPTS, "right")
+    first = model.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY, **cache
+    )
+    cache = {"past_key_values": first.past_key_values}
+    assert cache["past_key_values"].get_seq_length() == first.sequences.size(1) - 1
+    more, more_mask = padded([random_ids(1, n, seed=n) for n in (2, 4, 1)], "right")
+    turn = torch.cat((first.sequences, more), dim=1)
+    mask = torch.cat((mask, torch.ones(3, NEW, dtype=torch.long), more_mask), dim=1)
+    found = model.generate(turn, attention_mask=mask, **cache, **GREEDY)
+    for row in range(3):
+        text = turn[row, mask[row] == 1][None]
+        expected = model.generate(text, **GREEDY)[0, text.size(1) :]
+        assert torch.equal(found[row, turn.size(1) :], expected)
+
+
+def test_prompts_without_an_end_are_refused():
+    model = build(num_latent_thoughts=1, num_jacobi_iterations=2)
+    ids, mask = padded(PROMPTS, "right")
+    with pytest.raises(ValueError, match="row 1 has no new token"):
+        model.generate(ids, attention_mask=mask * torch.tensor([[1], [0], [1]]), **GREEDY)
+    if hasattr(GenerationConfig(), "prefill_chunk_size"):
+        with pytest.raises(ValueError, match="prefill_chunk_size needs prompts padded on the left"):
+            model.generate(ids, attention_mask=mask, prefill_chunk_size=3, **GREEDY)
+    model.generation_config.pad_token_id = 0  # the mask follows from it
+    found = model.generate(ids, **GREEDY)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, **GREEDY))
 
 
 def test_beam_search_and_sampling(model):

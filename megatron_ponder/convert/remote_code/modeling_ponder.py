@@ -6,7 +6,6 @@ and `generate` are transformers'. passes.py says what each method computes, thou
 kept between calls.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -30,19 +29,15 @@ from .configuration_ponder import (
     PonderQwen3Config,
 )
 from .mixture import mix_embeddings
-from .padding import has_right_padding, move_padding_left
+from .padding import check_prompts, last_tokens
 from .passes import METHODS, Output, Passes
 from .stock_model import CACHE_NAME, StockModel, share_weight_names
 from .thought_cache import ThoughtCache, as_thought_cache
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
-@dataclasses.dataclass
-class PonderOutput(CausalLMOutputWithPast):
-    """The stock output, and how many Jacobi rounds an evaluation forward ran."""
-
-    jacobi_iterations: int | None = None
+OF_THE_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
+WITHOUT_EFFECT = ("cache_position", "token_type_ids")
+"""`generate` of transformers 4 gives the first, its tokenizers may give the second."""
 
 
 class PonderCausalLM:
@@ -116,9 +111,18 @@ class PonderCausalLM:
             output_attentions: those of the last pass, slot by slot.
             return_dict: whether the output has names.
             **kwargs: for the loss.
+
+        Returns:
+            The stock output; its attribute `jacobi_iterations` says how many rounds ran (None in
+            training mode, or if there was nothing to refresh).
+
+        Raises:
+            ValueError: the arguments contradict one another, or ask for packed sequences.
+            TypeError: an argument is not known here.
         """
-        if any(kwargs.pop(name, None) is not None for name in PACKED):
-            raise ValueError("Packed sequences are not supported: pad them into rows of a batch.")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        loss_kwargs = _checked_loss_kwargs(kwargs)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         if self.training and self.base_model.gradient_checkpointing:
@@ -136,9 +140,12 @@ class PonderCausalLM:
             wanted={name: value for name, value in wanted.items() if value is not None},
         )
         output = METHODS[self.config.effective_method](passes)
+        columns = None
+        if attention_mask is not None and labels is None and not self.training:
+            columns = last_tokens(passes.mask[:, passes.num_seen :])
         if passes.keeps and passes.cache is not None:
             passes.cache.add(passes.tokens.size(1), output.num_rounds)
-        result = self._result(passes, output, labels, logits_to_keep, kwargs)
+        result = self._result(passes, output, columns, labels, logits_to_keep, loss_kwargs)
         if return_dict is None:
             return_dict = self.config.return_dict
         return result if return_dict else result.to_tuple()
@@ -147,26 +154,35 @@ class PonderCausalLM:
         self,
         passes: Passes,
         output: Output,
+        columns: Tensor | None,
         labels: Tensor | None,
         logits_to_keep: int | Tensor,
         loss_kwargs: dict[str, Any],
-    ) -> PonderOutput:
-        """Logits and loss of what the method computed."""
+    ) -> CausalLMOutputWithPast:
+        """Logits and loss of what the method computed; `columns` are the ones to read, [b, s]."""
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(output.hidden[:, kept])
+        hidden = output.hidden
+        if columns is None:
+            hidden = hidden[:, kept]
+        else:
+            read = columns[:, kept].to(hidden.device)
+            hidden = hidden.gather(1, read[..., None].expand(-1, -1, hidden.size(-1)))
+        logits = self.get_output_embeddings()(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
             )
-        return PonderOutput(
+        result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=output.last_pass.hidden_states,
             attentions=output.last_pass.attentions,
-            jacobi_iterations=None if self.training else output.num_rounds,
             **{CACHE_NAME: passes.cache if passes.keeps else None},
         )
+        # No field: whoever splits, gathers or traces outputs expects tensors there.
+        setattr(result, "jacobi_iterations", None if self.training else output.num_rounds)
+        return result
 
     def _passes(
         self,
@@ -231,31 +247,65 @@ class PonderCausalLM:
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock function; the cache knows how many slots a token has from the start."""
         result = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
+        generation_config = (
+            kwargs["generation_config"] if "generation_config" in kwargs else args[0]
+        )
         model_kwargs = kwargs["model_kwargs"] if "model_kwargs" in kwargs else args[1]
         if (cache := model_kwargs.get(CACHE_NAME)) is not None:
-            as_thought_cache(cache, self.config)
+            cache = as_thought_cache(cache, self.config)
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            chunk_size = getattr(generation_config, "prefill_chunk_size", None)
+            check_prompts(mask, 0 if cache is None else cache.num_tokens, chunk_size)
         return result
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the stock function; rows padded on the right are continued where they end.
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the stock function, which would count new tokens from 0 after padding."""
+        positions: Tensor = super()._prepare_position_ids_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return positions.cummax(dim=-1).values
 
-        `num_jacobi_iterations` and `jacobi_tolerance` are passed on to `forward`.
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse it here: in a thread of its own it would fail, and the caller wait.
+
+        Raises:
+            ValueError: always.
         """
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        mask = kwargs.get("attention_mask")
-        if ids is None or mask is None or mask.shape != ids.shape or not has_right_padding(mask):
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
-            raise ValueError("A conversation on a kept cache needs prompts padded on the left.")
-        kwargs.pop("input_ids", None)
-        moved, kwargs["attention_mask"] = move_padding_left(ids, mask)
-        result = super().generate(moved, *args, **kwargs)  # type: ignore[misc]
-        sequences = result if isinstance(result, Tensor) else result.sequences
-        copies = sequences.size(0) // ids.size(0)
-        sequences[:, : ids.size(1)] = ids.repeat_interleave(copies, dim=0)
-        if not isinstance(result, Tensor):
-            setattr(result, CACHE_NAME, None)  # of rows that have been moved
-        return result
+        raise ValueError("Continuous batching packs sequences, which is not supported: generate().")
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the stock function; the row of the pause token has to stay.
+
+        Raises:
+            ValueError: it would not.
+        """
+        row = self.config.pause_token_id
+        is_lost = new_num_tokens is not None and row is not None and new_num_tokens <= row
+        if is_lost and self.config.effective_method == "pause":
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) would remove row {row}, the pause "
+                f"token (pause_token_id) of this model. Keep at least {row + 1} rows."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
+
+
+def _checked_loss_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is left of the keywords of a forward: the loss's.
+
+    Stock models ignore what they do not know, a misspelt setting for example.
+
+    Raises:
+        ValueError: sequences are packed.
+        TypeError: there is an argument that is not known here.
+    """
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    if any(name in given for name in PACKED):
+        raise ValueError("Packed sequences are not supported: pad them into rows of a batch.")
+    unknown = given.keys() - {*OF_THE_LOSS, *WITHOUT_EFFECT}
+    if unknown:
+        raise TypeError(f"This model's forward has no argument {', '.join(sorted(unknown))}.")
+    return {name: given[name] for name in OF_THE_LOSS if name in given}
 
 
 def _checked_mask(attention_mask: Tensor | None, tokens: Tensor, num_seen: int) -> Tensor:

@@ -1,19 +1,44 @@
-"""Prompts padded on the right: `generate` continues from the last column, so they are moved."""
+"""Padding after tokens: `generate` reads the last column, so it gets the last token's output.
+
+Columns of padding carry the output of the token before them in their row. Then prompts padded on
+the right, or on both sides, continue where they end, whatever they are given as and whatever the
+way of decoding; the cache keeps their columns as they are.
+"""
 
 import torch
 from torch import Tensor
 
 
-def has_right_padding(mask: Tensor) -> bool:
-    """Whether a row of [b, tokens] ends with padding."""
-    return bool((mask[:, -1] == 0).any())
+def last_tokens(mask: Tensor) -> Tensor:
+    """The column of the token at or before each column; the first one where there is none.
+
+    Args:
+        mask: [b, s], zeros for padding.
+
+    Returns:
+        int64 [b, s].
+    """
+    columns = torch.arange(mask.size(1), device=mask.device)
+    return torch.where(mask != 0, columns, 0).cummax(dim=1).values
 
 
-def move_padding_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate each row until its last column is a token: [b, tokens], [b, tokens]."""
-    length = mask.size(1)
-    columns = torch.arange(length, device=mask.device)
-    # The last token's column; a row without tokens stays as it is.
-    ends = torch.where(mask != 0, columns + 1, 0).amax(dim=1, keepdim=True)
-    order = (columns - (length - ends)) % length
-    return ids.gather(1, order.to(ids.device)), mask.gather(1, order)
+def check_prompts(mask: Tensor, num_seen: int, chunk_size: int | None) -> None:
+    """Refuse prompts that have no last token to read.
+
+    Args:
+        mask: [b, tokens in the cache + s], zeros for padding.
+        num_seen: tokens in the cache.
+        chunk_size: how many tokens of a prompt run at a time; None: all.
+
+    Raises:
+        ValueError: a row has only padding, or its last chunk may.
+    """
+    new = mask[:, num_seen:]
+    empty = (new == 0).all(dim=1)
+    if new.size(1) and bool(empty.any()):
+        rows = ", ".join(map(str, empty.nonzero().flatten().tolist()))
+        raise ValueError(
+            f"attention_mask: row {rows} has no new token, so nothing says what to continue."
+        )
+    if chunk_size is not None and bool((new[:, -1:] == 0).any()):
+        raise ValueError("prefill_chunk_size needs prompts padded on the left.")
