@@ -84,6 +84,12 @@ def export_checkpoint(options: ExportOptions) -> None:
             write_tokenizer(config.data, tokenizer, folder)
         if config.method.method != "vanilla":
             exported_code.copy_remote_code(folder)
+            if "." in target.name:
+                logger.warning(
+                    "--hf-path %s: transformers 4.56 cannot load code from a folder with a dot in "
+                    "its name; newer versions can",
+                    target,
+                )
         _write_card(folder, checkpoint, config)
         if options.verify:
             _verify(folder, checkpoint, config, dtype)

@@ -186,6 +186,8 @@ def _copy_json(path: Path, data: DataConfig, tokenizer: HuggingFaceTokenizer, fo
         )
     for key in ("add_bos_token", "add_eos_token"):
         config.pop(key, None)  # the post-processor in the JSON says it
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 5 writes, 4 cannot read
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     ends = {"eos_token": tokenizer.detokenize([tokenizer.eod])}
     if tokenizer.begin:
         ends["bos_token"] = tokenizer.detokenize(tokenizer.begin[-1:])
