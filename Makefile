@@ -11,7 +11,8 @@ export OMP_NUM_THREADS ?= 1
 
 # Processes that run tests, each with 1-2 GiB and at times eight ranks of its own.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+# In the order of the tree: files of many small tests come last and keep all workers busy to the end.
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test-fast test test-all check format clean

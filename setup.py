@@ -18,7 +18,7 @@ setup(
     extras_require={
         "dev": [
             "pytest",
-            "pytest-xdist",
+            "pytest-xdist>=3.8",
             "hypothesis",
             "tiktoken",
             "lm_eval",
