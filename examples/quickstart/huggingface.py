@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7, help="of the sample")
     parser.add_argument("--top-k", type=int, default=40, help="sample from this many tokens")
     options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True).eval()
     loss = mean_loss(model, read_stream(options.text, tokenizer), options.seq_length, 8)
     set_seed(1234)

@@ -29,7 +29,7 @@ for name in ("megatron", "megatron_ponder"):
 import json, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, text = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer(text, return_tensors="pt")
 made = model.generate(**ids, max_new_tokens=3, do_sample=False)
