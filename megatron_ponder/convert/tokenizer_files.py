@@ -12,7 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from megatron_ponder.config.schema import DataConfig, TokenizerType
+from megatron_ponder.convert.json_values import read_object
 from megatron_ponder.data.sentencepiece_export import export_tokenizer
 from megatron_ponder.data.tokenizers import HuggingFaceTokenizer, Tokenizer, build_tokenizer
 from megatron_ponder.errors import ConversionError, DataError
@@ -164,9 +167,27 @@ def write_tokenizer(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> Non
         except DataError as error:
             raise ConversionError(f"{error} Or export --without-tokenizer.") from None
         shutil.copyfile(path, folder / MODEL_FILE)
+        _name_tokens(path.parent / CONFIG_FILE, folder, add_bos=data.add_bos)
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         _copy_json(path, data, tokenizer, folder)
+
+
+def _name_tokens(source: Path, folder: Path, *, add_bos: bool) -> None:
+    """Call begin, padding and unknown tokens as the folder does that a .model was imported from.
+
+    Not tokens that the model lacks: transformers would add them, with ids that have no embedding.
+    """
+    if not source.is_file():
+        return
+    stated, config = read_object(source), read_object(folder / CONFIG_FILE)
+    known = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
+    for key in ("pad_token", "unk_token") if add_bos else ("bos_token", "pad_token", "unk_token"):
+        token = stated.get(key, config.get(key))
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is None or (isinstance(text, str) and known.token_to_id(text) is not None):
+            config[key] = text
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n")
 
 
 def _copy_json(path: Path, data: DataConfig, tokenizer: HuggingFaceTokenizer, folder: Path) -> None:

@@ -15,7 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_ponder.checkpoint.reader import locate
 from megatron_ponder.checkpoint.stored_config import read_config
 from megatron_ponder.config.parse import parse_args
+from megatron_ponder.config.schema import DataConfig
 from megatron_ponder.convert.generation_defaults import build_generation_files
+from megatron_ponder.convert.tokenizer_files import write_tokenizer
+from megatron_ponder.data.tokenizers import build_tokenizer
 from megatron_ponder.errors import ConversionError
 from tests.unit.convert.conversion import alone, convert_well
 from tests.unit.convert.special_ids import SPECIAL_IDS, assert_same_generation, set_ids
@@ -54,8 +57,25 @@ def with_tokenizer(folder: Path) -> None:
     assert_same_generation(source, result)
 
 
+@pytest.mark.thorough
 def test_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
     alone(with_tokenizer, tmp_path)
+
+
+def test_a_folder_with_a_sentencepiece_model(tmp_path: Path) -> None:
+    """Its names of special tokens stay, but for those that the model does not have."""
+    path = Path(corpora.train_tokenizer(tmp_path))
+    data = DataConfig(tokenizer_model=str(path))
+    built = build_tokenizer(data)
+    plain, named = tmp_path / "plain", tmp_path / "named"
+    write_tokenizer(data, built, plain)
+    before = json.loads((plain / "tokenizer_config.json").read_text())
+    stated = {"bos_token": {"content": "a"}, "pad_token": None, "unk_token": "<other>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    write_tokenizer(data, built, named)
+    after = json.loads((named / "tokenizer_config.json").read_text())
+    assert after == before | {"bos_token": "a", "pad_token": None}
+    assert before["bos_token"] == before["eos_token"] != "a"
 
 
 def tokenizer(end: int, begin: tuple[int, ...] = ()) -> Any:
