@@ -30,7 +30,7 @@ $(STAMP): setup.py pyproject.toml megatron_ponder/installation.py
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP) ## pretrain and compare two small models (6 minutes on 2 cores after installation, no GPU); METHODS=all: five
+quickstart: $(STAMP) ## pretrain and compare two small models (7 minutes on 2 cores after installation, no GPU); METHODS=all: five
 	$(BIN)/python examples/quickstart/run.py $(if $(METHODS),--methods $(METHODS))
 
 test-fast: $(STAMP) ## unit tests without ranks, for the work in between (90 seconds on 2 cores)
