@@ -16,6 +16,7 @@ from megatron_ponder.inference.options import (
     GenerateOptions,
     SamplingOptions,
 )
+from tests.commands import run_forked
 from tests.e2e import launch
 from tests.ranks import RanksFailed, run_ranks
 from tests.unit.data import corpora
@@ -118,6 +119,11 @@ def test_another_tokenizer_is_refused_everywhere(folder: Path) -> None:
     prompted = GenerateOptions(checkpoint=moved.checkpoint, prompt=("a",))
     with pytest.raises(RanksFailed, match="trained with another tokenizer"):
         run_ranks(continued, 1, prompted)
+    ended = run_forked(
+        "tools/convert_checkpoint.py", "export", "--load", folder / "run",
+        "--tokenizer-model", other, "--hf-path", folder / "exported",
+    )  # fmt: skip
+    assert ended.returncode == 2 and "trained with another tokenizer" in ended.stderr, ended.stderr
     code, out, err = launch.run_main(arguments(folder, **resumed, **plain, override_data=True))
     assert code == 0, err
 

@@ -24,6 +24,7 @@ BEGINS = content(post_processor=begins_with(OTHER, 1), added_tokens=FAR)
     [
         (content(added_tokens=FAR, **STORED["truncation"]), None, HF),
         (content(**STORED["padding"]), {"model_max_length": 7}, HF),
+        (content(added_tokens=[added(END, 0, special=False)]), {"eos_token": END}, HF),
         (BEGINS, {"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}, HF),
         (BEGINS, None, {**HF, "tokenizer_hf_include_special_tokens": True}),
         (BEGINS, None, {**HF, "parse_special_tokens": True}),
