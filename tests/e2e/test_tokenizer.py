@@ -132,3 +132,13 @@ def test_the_manifest_names_the_tokenizer(folder: Path) -> None:
     manifest = json.loads((folder / "data.manifest.json").read_text())
     assert manifest["tokenizer_model"] == str(folder / "tokenizer")
     assert manifest["tokenizer"]["eod"] == 0 and manifest["tokenizer"]["begin"] == "1"
+
+
+def test_the_row_of_the_pause_token_moves_no_end_id(tmp_path: Path) -> None:
+    """Without a tokenizer the last row ends documents; the pause token's is one more."""
+    data = {"data_path": launch.write_dataset(tmp_path), "eval_iters": 0, "lr_warmup_iters": 0}
+    method = {"method": "pause", "num_latent_thoughts": 1}
+    printed = launch.train(launch.flags(**data, **method, train_iters=1, save=tmp_path / "run"))
+    assert f"end of document {launch.VOCAB_SIZE - 1}" in printed
+    assert f"1 of {launch.VOCAB_SIZE + 1} rows belong to no token" in printed
+    assert score(tmp_path, data_path=data["data_path"])["num_tokens"] > 0
