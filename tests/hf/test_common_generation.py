@@ -190,19 +190,14 @@ def test_settings_of_generate_that_are_misspelt(model):
         model.generate(IDS, num_jacobi_iteration=4, **GREEDY)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"penalty_alpha": 0.6, "top_k": 4},
-        {"dola_layers": "low"},
-        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-        {"num_beams": 4, "force_words_ids": [[5]]},
-    ],
-)
-def test_strategies_that_transformers_keeps_elsewhere(model, settings):
-    """Contrastive search and others are code on the Hub; nothing runs in their place."""
-    with pytest.raises((ValueError, OSError)):
+@pytest.mark.parametrize("settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}])
+def test_strategies_that_read_hidden_states_are_refused(model, settings):
+    """Theirs are one per token; and their code would come from the Hub."""
+    with pytest.raises(ValueError, match="reads one hidden state for each token"):
         model.generate(IDS, max_new_tokens=2, **settings)
+    config = GenerationConfig(max_new_tokens=2, **settings)
+    with pytest.raises(ValueError, match="reads one hidden state for each token"):
+        model.generate(IDS, config)
 
 
 def test_continuous_batching_is_refused(model):

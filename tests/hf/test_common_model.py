@@ -342,6 +342,9 @@ def test_torch_export(method):
     assert largest_difference(found, model(other).logits) <= LOGITS_ABSOLUTE
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="its masks cannot be traced, for any model"
+)
 @pytest.mark.filterwarnings("ignore")
 def test_tracing(own):
     own.config.return_dict, own.config.use_cache = False, False

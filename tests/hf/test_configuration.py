@@ -1,14 +1,14 @@
 """Configuration keys, old and new, round trips of a folder, and what is refused."""
 
+import io
 import json
+import logging
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.testing_utils import CaptureLogger
-from transformers.utils import logging
 
 from megatron_ponder.convert import exported_code
 from megatron_ponder.convert.family import family_names
@@ -17,6 +17,19 @@ from megatron_ponder.convert.remote_code.configuration_ponder import SETTINGS, P
 from megatron_ponder.errors import ConversionError
 from tests.hf.exports import CASES, NAMES, SHAPE, build, export_case, random_ids
 from tests.hf.test_generation import GREEDY
+
+
+@pytest.fixture
+def warnings():
+    """What transformers says about configurations."""
+    logger, stream = logging.getLogger("transformers.configuration_utils"), io.StringIO()
+    handler = logging.StreamHandler(stream)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    yield stream
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def test_defaults_and_old_names():
@@ -55,14 +68,11 @@ def test_stock_code_refuses_an_export(tmp_path):
         transformers.pipeline("text-generation", model=str(folder), trust_remote_code=False)
 
 
-def test_a_class_by_name_reads_the_weights_and_is_warned(tmp_path):
+def test_a_class_by_name_reads_the_weights_and_is_warned(tmp_path, warnings):
     """As the authors' classes do: their config class is the stock one, and reads their keys."""
     folder = export_case("llama_ponderlm2_k2_j2", tmp_path / "export")
-    with CaptureLogger(logging.get_logger("transformers.configuration_utils")) as captured:
-        model, found = transformers.LlamaForCausalLM.from_pretrained(
-            folder, output_loading_info=True
-        )
-    assert "of type" in captured.out and "ponder_llama" in captured.out
+    model, found = transformers.LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert "of type" in warnings.getvalue() and "ponder_llama" in warnings.getvalue()
     assert not found["missing_keys"] and not found["unexpected_keys"]
     assert (model.config.num_latent_thoughts, model.config.num_jacobi_iterations) == (2, 2)
     original = load_file(CASES / "llama_ponderlm2_k2_j2" / "model.safetensors")
@@ -70,15 +80,14 @@ def test_a_class_by_name_reads_the_weights_and_is_warned(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama_ponderlm2_k2_j2", "gpt_neox_ponderlm2_k1_j3"])
-def test_exports_with_a_stock_model_type(name, tmp_path):
+def test_exports_with_a_stock_model_type(name, tmp_path, warnings):
     """As older versions wrote them: read without a warning, and saved with our own."""
     folder = export_case(name, tmp_path / "export")
     config = json.loads((folder / "config.json").read_text())
     ours, stock = config["model_type"], config["model_type"].removeprefix("ponder_")
     (folder / "config.json").write_text(json.dumps({**config, "model_type": stock}))
-    with CaptureLogger(logging.get_logger("transformers.configuration_utils")) as captured:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert not captured.out
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not warnings.getvalue()
     case = load_file(CASES / name / "case.safetensors")
     assert torch.allclose(model(case["input_ids"]).logits, case["logits"], atol=1e-5)
     model.save_pretrained(tmp_path / "saved")

@@ -113,7 +113,7 @@ def test_harness_scores_the_training_path(exported, tasks, k, r):
     model = AutoModelForCausalLM.from_pretrained(
         exported, trust_remote_code=True, num_latent_thoughts=k, num_jacobi_iterations=r
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     total = sum(float(log_likelihoods(model, tokenizer, text).sum()) for text in DOCUMENTS)
     found = results["results"]["local_perplexity"]
     num_words = sum(len(text.split()) for text in DOCUMENTS)

@@ -50,6 +50,7 @@ class PonderCausalLM:
     config: Any
     training: bool
     base_model: Any
+    generation_config: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
     loss_function: Any
@@ -243,6 +244,23 @@ class PonderCausalLM:
         if rounds < 0:
             raise ValueError(f"num_jacobi_iterations = {rounds} is negative.")
         return rounds
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the stock function; settings of `forward` are passed on to it.
+
+        Raises:
+            ValueError: the strategy reads hidden states, of which a token has several here.
+        """
+        stored = self.generation_config if generation_config is None else generation_config
+        for name in ("penalty_alpha", "dola_layers"):  # contrastive search, DoLa
+            if kwargs.get(name, getattr(stored, name, None)):
+                raise ValueError(
+                    f"{name}: this strategy reads one hidden state for each token and layer, and "
+                    "here a token has several. Choose another one."
+                )
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock function; the cache knows how many slots a token has from the start."""
