@@ -48,7 +48,8 @@ class StoredTensor:
     name: str
     """In the file."""
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | str
+    """A string where the file has a type that is not read."""
 
 
 class WeightFiles:
@@ -68,6 +69,12 @@ class WeightFiles:
         self._mapped: dict[Path, dict[str, Tensor]] = {}
         stored = {tensor.name: tensor for tensor in self._find(folder)}
         stored = {name: t for name, t in stored.items() if not _BUFFERS.search(name)}
+        for name, tensor in stored.items():
+            if tensor.dtype not in DTYPES.values():
+                raise ConversionError(
+                    f"{tensor.file}: {name} is stored as {tensor.dtype}; read are "
+                    f"{', '.join(DTYPES)}. Quantised weights cannot be converted."
+                )
         if not any(name.startswith(base_prefix) for name in stored):
             stored = {n if n == head else base_prefix + n: t for n, t in stored.items()}
         self.tensors: dict[str, StoredTensor] = stored
@@ -148,12 +155,8 @@ def _describe_safetensors(path: Path) -> Iterator[StoredTensor]:
     with _as_conversion_error(path), safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise ConversionError(
-                    f"{path}: {name} is stored as {part.get_dtype()}; read are "
-                    f"{', '.join(DTYPES)}. Quantised weights cannot be converted."
-                )
-            yield StoredTensor(path, name, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+            dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+            yield StoredTensor(path, name, tuple(part.get_shape()), dtype)
 
 
 @contextlib.contextmanager

@@ -155,6 +155,11 @@ def large_tokenizer(folder: Path) -> None:
     Tokenizer(models.WordLevel(vocabulary, unk_token="token0")).save(str(folder / "tokenizer.json"))
 
 
+def quantised_bin(folder: Path) -> None:
+    whole = {k: tensor for path in shards(folder) for k, tensor in load_file(path).items()}
+    as_bin(folder, {name: tensor.to(torch.int8) for name, tensor in whole.items()})
+
+
 BAD_FOLDERS: dict[Callable[[Path], None], str] = {
     missing_shard: "weight files are missing: model-00002",
     truncated_shard: "no complete safetensors file",
@@ -180,6 +185,7 @@ BAD_FOLDERS: dict[Callable[[Path], None], str] = {
     no_id: "eos_token_id [1, '2']: must be an id",
     broken_generation_config: "must be a JSON object",
     quantised: "Quantised weights cannot be converted",
+    quantised_bin: "is stored as torch.int8",
     large_tokenizer: "has 201 ids, but the model's vocabulary has 101",
 }
 

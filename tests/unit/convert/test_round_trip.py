@@ -115,7 +115,7 @@ def other_files(folder: Path) -> None:
         (folder / kind / "config.json").write_text(json.dumps(config_of(folder / "plain")))
     torch.save(whole, folder / "bin" / "pytorch_model.bin")
     bare = {key.removeprefix("transformer."): tensor for key, tensor in whole.items()}
-    bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
     save_file(bare, folder / "bare" / "model.safetensors", {"format": "pt"})
     repeated = whole | {"lm_head.weight": whole["transformer.wte.weight"].clone()}
     save_file(repeated, folder / "repeated" / "model.safetensors", {"format": "pt"})
