@@ -4,6 +4,7 @@ The models are transformers' own, and what they compute is the truth.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.parity.tolerances import LOGITS_ABSOLUTE, largest_difference
 from tests.unit.convert.conversion import (
     alone,
     config_of,
+    convert,
     convert_well,
     export,
     round_trip,
@@ -101,6 +103,29 @@ def test_golden_cases(tmp_path: Path) -> None:
     """Exactly, and the exported form gives the authors' logits."""
     found = alone(golden_round_trips, tmp_path)
     assert len(found) == 28 and max(found.values()) <= LOGITS_ABSOLUTE, found
+
+
+def authors_folders(folder: Path) -> dict[str, float]:
+    """Golden cases as the authors' code saves them: R whatever the method is, and no name of it."""
+    found = {}
+    for name in ("llama_loop_k2", "llama_ponderlm_k2", "gpt_neox_pause_k2"):
+        case, source, save = load_case(name), folder / name, folder / f"of {name}"
+        shutil.copytree(FOLDER / name, source)
+        config = config_of(source) | {"num_jacobi_iterations": 3, "interpolation_use_topk": True}
+        method = config.pop("method")
+        (source / "config.json").write_text(json.dumps(config))
+        flags = ("--hf-path", str(source), "--save", str(save), "--no-verify")
+        code, printed = convert("import", *flags)
+        assert code == 2 and "Give the method" in printed and not save.exists(), printed
+        convert_well("import", *flags, "--method", method)
+        found[name] = largest_difference(checkpoint_logits(save, case.input_ids), case.logits)
+    return found
+
+
+def test_the_authors_folders(tmp_path: Path) -> None:
+    """Asked for their method, and then with the authors' logits."""
+    found = alone(authors_folders, tmp_path)
+    assert max(found.values()) <= LOGITS_ABSOLUTE, found
 
 
 def other_files(folder: Path) -> None:
