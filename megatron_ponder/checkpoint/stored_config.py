@@ -13,10 +13,8 @@ run_config.yaml, with the resolved values. Imports no torch.
 import dataclasses
 from pathlib import Path
 
-import yaml
-
 from megatron_ponder.checkpoint import storage
-from megatron_ponder.config.parse import config_from_flat_dict, dump_yaml
+from megatron_ponder.config.parse import config_from_flat_dict, dump_yaml, read_yaml
 from megatron_ponder.config.resolve import restore
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.config.schema import RunConfig
@@ -49,11 +47,9 @@ def read_config(checkpoint: Path) -> ResolvedConfig:
 def _read(path: Path) -> RunConfig:
     """The settings in one file."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: must be a mapping of settings to values.")
+        settings = read_yaml(path, str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     try:
         return config_from_flat_dict(settings)
     except ConfigError as error:

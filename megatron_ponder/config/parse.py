@@ -9,9 +9,10 @@ import contextlib
 import dataclasses
 import io
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -67,7 +68,7 @@ def parse_args(argv: Sequence[str], prog: str, description: str = DESCRIPTION) -
     """
     check_flags(argv, [_CommandLine], prog)
     config_path, preset = _sources(argv)
-    from_yaml = _read_yaml(config_path) if config_path else {}
+    from_yaml = read_yaml(config_path, f"--config {config_path}") if config_path else {}
     stated_preset = from_yaml.pop("preset", None)
     reproduces = from_yaml.pop("reproduce_authors", False)
     preset = stated_preset if preset is None else preset
@@ -134,7 +135,7 @@ def config_from_flat_dict(values: Mapping[str, Any]) -> RunConfig:
     Missing settings take their defaults.
 
     Raises:
-        ConfigError: this version does not have one of the settings.
+        ConfigError: this version does not have one of the settings, or a value is of another type.
     """
     known = RunConfig().to_flat_dict()
     unknown = sorted(set(values) - set(known))
@@ -143,9 +144,12 @@ def config_from_flat_dict(values: Mapping[str, Any]) -> RunConfig:
             f"The stored config has settings unknown to this version: {', '.join(unknown)}. "
             "It was written by another version of megatron_ponder."
         )
-    return RunConfig().replaced(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    )
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    types = _types()
+    refused = [key for key, value in given.items() if not _fits(value, types[key])]
+    if refused:
+        raise ConfigError("\n".join(_misfit(key, values[key], types[key]) for key in refused))
+    return RunConfig().replaced(**given)
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -191,27 +195,35 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file, by name with underscores."""
+def read_yaml(path: str | Path, name: str) -> dict[str, Any]:
+    """The settings in a YAML file, by name with underscores; each is a value or a list of values.
+
+    Args:
+        path: of the file.
+        name: its name in messages.
+
+    Raises:
+        ConfigError: it cannot be read, or holds anything else.
+    """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}.") from None
     except RecursionError:
-        raise ConfigError(f"--config {path}: not valid YAML: nested too deeply.") from None
+        raise ConfigError(f"{name}: not valid YAML: nested too deeply.") from None
     # PyYAML lets errors of int(), float() and date() through, and an AttributeError for !!timestamp
     except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{name}: not valid YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: must be a mapping from settings to values.")
+        raise ConfigError(f"{name}: must be a mapping from settings to values.")
     for key, value in content.items():
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, dict | list | set | bytes):
-                raise ConfigError(f"--config {path}: {key}: must be a value or a list of values.")
+                raise ConfigError(f"{name}: {key}: must be a value or a list of values.")
             if isinstance(each, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in each):
-                raise ConfigError(f"--config {path}: {key}: has a character that no setting takes.")
+                raise ConfigError(f"{name}: {key}: has a character that no setting takes.")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
@@ -250,7 +262,7 @@ def _checked_tokens(settings: Mapping[str, Any], source: str) -> list[str]:
         refused = [k for k, value in settings.items() if not _is_accepted(_tokens(k, value))]
         types = _types()
         raise ConfigError(
-            "\n".join(f"{source}: {k}: {settings[k]!r} does not fit {types[k]}." for k in refused)
+            "\n".join(f"{source}: {_misfit(k, settings[k], types[k])}" for k in refused)
         )
     return tokens
 
@@ -278,11 +290,27 @@ def _flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _types() -> dict[str, str]:
-    """The type of each setting, as written in the schema."""
+def _types() -> dict[str, Any]:
+    """The type of each setting."""
     groups = dataclasses.fields(RunConfig)
-    fields = [field for group in groups for field in dataclasses.fields(group.type)]  # type: ignore[arg-type]
-    return {
-        f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type).replace("typing.", "")
-        for f in fields
-    }
+    return {f.name: f.type for group in groups for f in dataclasses.fields(group.type)}  # type: ignore[arg-type]
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of one of the types that the schema has."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, parts[0]) for each in value)
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _misfit(key: str, value: object, kind: Any) -> str:
+    """What is wrong with a value of another type."""
+    name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    return f"{key}: {value!r} does not fit {name}."

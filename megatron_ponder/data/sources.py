@@ -151,7 +151,7 @@ class Source:
         except (zlib.error, lzma.LZMAError, OSError) as error:
             if not MAGIC[suffix].match(head):
                 raise self.error(
-                    f"its content is not {name} data, as its name says; give it another suffix"
+                    f"its name says {name}, but its content is something else; rename it"
                 ) from None
             raise self.error(f"damaged {name} data ({error}); copy or download it again") from None
 

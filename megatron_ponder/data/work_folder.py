@@ -70,6 +70,7 @@ class WorkFolder:
             before = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             before = None
+        before = before if isinstance(before, dict) else None
         if before != plan:
             if before is not None and self.has_shards:
                 changed = [name for name in plan if before.get(name) != plan[name]]

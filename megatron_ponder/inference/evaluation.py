@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy
@@ -165,7 +166,7 @@ def _exponential(loss: float) -> float:
 def _dump_logits(loaded: LoadedModel, options: EvaluateOptions) -> dict[str, Any]:
     """Write the logits of given ids."""
     assert options.token_ids is not None and options.dump_logits is not None
-    ids = _read_ids(options.token_ids)
+    ids = read_ids(options.token_ids)
     loaded.check_ids(ids, f"--token-ids {options.token_ids}")
     _check_length(loaded, ids.size(1), f"--token-ids {options.token_ids}: rows of")
     with log.progress(total=len(ids), description="logits", unit=" rows") as bar:
@@ -179,11 +180,16 @@ def _dump_logits(loaded: LoadedModel, options: EvaluateOptions) -> dict[str, Any
     return {"logits": options.dump_logits, "shape": list(logits.shape)}
 
 
-def _read_ids(path: str) -> Tensor:
-    """The rows of a .npy file, int64 [b, s]."""
+def read_ids(path: str) -> Tensor:
+    """The rows of a .npy file, int64 [b, s].
+
+    Raises:
+        DataError: it is not such a file.
+    """
     try:
-        array = numpy.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = numpy.lib.format.open_memmap(path, mode="r")
+    # The header is a Python literal, and the errors of parsing one come through.
+    except (OSError, ValueError, SyntaxError, TypeError, OverflowError, TokenError) as error:
         raise DataError(f"--token-ids {path}: not a .npy file that can be read: {error}") from None
     is_rows = isinstance(array, numpy.ndarray) and array.ndim == 2 and array.size > 0
     if not is_rows or not numpy.issubdtype(array.dtype, numpy.integer):

@@ -173,7 +173,7 @@ def _prompt_of(line: str, source: str) -> str:
     """The prompt in a line of JSON."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: not JSON ({error}).") from None
     found = [value[key] for key in ("prompt", "text") if isinstance(value, dict) and key in value]
     if not found or not isinstance(found[0], str):

@@ -137,7 +137,7 @@ def _is_kept(line: str, iteration: int) -> bool:
     """Whether a line is a complete record of an iteration up to `iteration`."""
     try:
         return bool(json.loads(line)["iteration"] <= iteration)
-    except json.JSONDecodeError:  # cut off by a crash
+    except (ValueError, KeyError, TypeError):  # cut off by a crash
         return False
 
 

@@ -175,7 +175,10 @@ def test_a_pipe_gives_what_the_file_gives(tmp_path: Path) -> None:
         (["--workers", -1], "--workers -1: must be at least 0"),
         (["--json-keys", "text", "text"], "each only once"),
         (["--input", "{folder}/c.bin"], "give --input-format"),
-        (["--input", "{folder}/c.jsonl.zst"], "its content is not zst data"),
+        (
+            ["--input", "{folder}/c.jsonl.zst"],
+            "its name says zst, but its content",
+        ),
         (["--input", "{folder}/c.parquet"], "not a Parquet file"),
         (
             ["--input-format", "parquet", "--input", "-"],

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_ponder.checkpoint import storage
 from megatron_ponder.checkpoint.stored_config import read_config, write_configs
@@ -10,6 +11,7 @@ from megatron_ponder.config.parse import dump_yaml, parse_args
 from megatron_ponder.config.resolve import reopen, resolve
 from megatron_ponder.config.resolved import ResolvedConfig
 from megatron_ponder.errors import CheckpointError
+from tests.fuzz import damaged_value, survive
 from tests.unit.checkpoint.small_run import small_config
 
 BOTH = (storage.CONFIG_FILE, storage.RESOLVED_CONFIG_FILE)
@@ -82,7 +84,16 @@ def test_checkpoints_of_earlier_versions(tmp_path: Path) -> None:
     [
         ("setting_of_the_future: 1\n", r"setting_of_the_future.*another version"),
         ("- num_layers\n", "must be a mapping"),
-        ("num_layers: [1\n", "cannot be read"),
+        ("num_layers: [1\n", "not valid YAML"),
+        (
+            "num_layers: 1.5\nlr: x\n",
+            "num_layers: 1.5 does not fit int.*lr: 'x' does not fit float",
+        ),
+        (
+            "data_path: [1]\nbf16: 1\n",
+            "data_path: .* does not fit tuple.*bf16: 1 does not fit bool",
+        ),
+        ("normalization: 7\n", "normalization: 7 does not fit Literal"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(
@@ -92,6 +103,21 @@ def test_a_file_that_cannot_be_used_is_named(
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=f"(?s){name}.*{message}"):
         read_config(tmp_path)
+
+
+@pytest.mark.slow
+def test_damaged_configs_are_read_or_refused(tmp_path: Path) -> None:
+    write_configs(tmp_path, small_config())
+    path = tmp_path / storage.RESOLVED_CONFIG_FILE
+    settings = yaml.safe_load(path.read_text())
+
+    def read(damaged: dict[str, object]) -> None:
+        text = yaml.safe_dump(damaged, sort_keys=False)
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        read_config(tmp_path)
+
+    found = survive(read, lambda draw: damaged_value(settings, draw), seed=7)
+    assert found["refused"] > 100
 
 
 def test_a_resolved_config_without_a_vocabulary_is_refused(tmp_path: Path) -> None:

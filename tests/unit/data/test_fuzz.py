@@ -11,12 +11,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_ponder.data.documents import DocumentError
+from megatron_ponder.data.conversations import ConversationEncoder
+from megatron_ponder.data.documents import DocumentError, RawDocument
 from megatron_ponder.data.indexed import check_indexed_dataset
 from megatron_ponder.data.inspection import InspectConfig, inspect_dataset
+from megatron_ponder.data.instruction_dataset import check_kind
+from megatron_ponder.data.manifest import check_tokenizer, text_bytes
 from megatron_ponder.data.readers import ReadOptions, read_segments
 from megatron_ponder.data.sources import Source
-from tests.fuzz import damaged_file, survive
+from megatron_ponder.data.tokenizers import NullTokenizer
+from tests.fuzz import damaged_bytes, damaged_file, damaged_value, survive
 from tests.unit.data import corpora
 
 pytestmark = pytest.mark.slow
@@ -74,6 +78,50 @@ def test_parquet(kind: str, compression: str, tmp_path: Path) -> None:
     content = path.read_bytes()
     found = survive(read, lambda draw: damaged_file(content, path, draw), seed=2)
     assert found["refused"] > 100
+
+
+@pytest.mark.parametrize("damage", ["bytes", "values"])
+def test_manifests(damage: str, tmp_path: Path) -> None:
+    prefix = corpora.write_ids(tmp_path / "data", [[1, 2, 3], [4]])
+    path = tmp_path / "data.manifest.json"
+    text = path.read_bytes()
+    tokenizer = NullTokenizer(100)
+    config = InspectConfig(data_path=prefix, verify=True)
+
+    def use(content: object) -> None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        text_bytes(prefix)
+        check_kind(prefix, instruction_data=False)
+        inspect_dataset(config)
+        check_tokenizer(prefix, tokenizer)
+
+    if damage == "bytes":
+        found = survive(use, lambda draw: damaged_bytes(text, draw), seed=4)
+    else:
+        value = json.loads(text)
+        found = survive(use, lambda draw: damaged_value(value, draw), seed=5)
+    assert found["refused"] > 100
+
+
+def test_conversations(tmp_path: Path) -> None:
+    records = [
+        {
+            "messages": [
+                {"role": r, "content": f"{r} says"} for r in ("system", "user", "assistant")
+            ]
+        },
+        {"prompt": "1 2", "response": "3"},
+    ]
+    encoder = ConversationEncoder(NullTokenizer(100))
+
+    def encode(value: object) -> None:
+        content = json.dumps(value).encode()
+        document = RawDocument(content, True, "c.jsonl", 1)
+        encoder.encode([document])
+        document.repeats_key(encoder.keys)
+
+    for record in records:
+        survive(encode, lambda draw, record=record: damaged_value(record, draw), seed=6)
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])

@@ -1,17 +1,22 @@
 """Windows over a text: every token once, with enough before it. And figures per token and byte."""
 
+import io
 import math
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ponder.errors import CheckpointError, ConfigError
-from megatron_ponder.inference.evaluation import figures, score, windows
+from megatron_ponder.inference.evaluation import figures, read_ids, score, windows
+from megatron_ponder.inference.generation import read_prompts
 from megatron_ponder.inference.options import CheckpointOptions, EvaluateOptions
 from megatron_ponder.inference.stream import Stream
 from megatron_ponder.train.evaluation import Evaluation
+from tests.fuzz import damaged_file, survive
 
 CHECKPOINT = CheckpointOptions(load="x")
 
@@ -95,3 +100,19 @@ def test_a_loss_that_is_not_finite_is_no_result() -> None:
     with pytest.raises(CheckpointError, match="the loss is not a finite number"):
         score(Loaded(), stream, [None], options)  # type: ignore[arg-type, list-item]
     assert math.isnan(Evaluation(loss=math.nan, num_tokens=1, num_jacobi_iterations=0).perplexity)
+
+
+@pytest.mark.slow
+def test_damaged_ids_and_prompts_are_read_or_refused(tmp_path: Path) -> None:
+    array = io.BytesIO()
+    numpy.save(array, numpy.arange(60).reshape(4, 15))
+    ids, prompts = tmp_path / "ids.npy", tmp_path / "prompts.jsonl"
+    text = b'{"prompt": "one"}\n{"text": "caf\xc3\xa9"}\n'
+    found = survive(
+        lambda path: read_ids(str(path)),
+        lambda draw: damaged_file(array.getvalue(), ids, draw),
+        seed=8,
+    )
+    assert found["refused"] > 100
+    found = survive(read_prompts, lambda draw: damaged_file(text, prompts, draw), seed=9)
+    assert found["refused"] > 100
