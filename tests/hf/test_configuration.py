@@ -94,7 +94,7 @@ def test_exports_with_a_stock_model_type(name, tmp_path, warnings):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == ours
 
 
-def test_the_authors_checkpoints_load(tmp_path):
+def test_the_authors_checkpoints_load(tmp_path, monkeypatch):
     """No `method`, no code, stock weight names: their keys are enough for our class."""
     folder = export_case("gpt_neox_ponderlm2_k1_j3", tmp_path / "export")
     config = json.loads((folder / "config.json").read_text())
@@ -102,9 +102,13 @@ def test_the_authors_checkpoints_load(tmp_path):
     config["model_type"] = "gpt_neox"
     config["architectures"] = ["GPTNeoXForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
+    from megatron_ponder.convert.remote_code import configuration_ponder
     from megatron_ponder.convert.remote_code.modeling_ponder import PonderGPTNeoXForCausalLM
 
+    told = []
+    monkeypatch.setattr(configuration_ponder.logger, "warning_once", told.append)
     model = PonderGPTNeoXForCausalLM.from_pretrained(folder)
+    assert told and all("does not name their method" in text for text in told)
     case = load_file(CASES / "gpt_neox_ponderlm2_k1_j3" / "case.safetensors")
     assert torch.allclose(model(case["input_ids"]).logits, case["logits"], atol=1e-5)
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import transformers
 
+logger = transformers.utils.logging.get_logger(__name__)
+
 OLDEST_TRANSFORMERS = "4.56.0"
 """Tested; older ones have caches without layers, or layers without what is needed of them."""
 
@@ -76,6 +78,11 @@ def take_settings(keys: dict[str, Any]) -> dict[str, Any]:
     `model_type` goes too: older exports and the authors' checkpoints have the stock one.
     """
     keys.pop("model_type", None)
+    if "method" not in keys and ("num_latent_thoughts" in keys or "more_iterations" in keys):
+        logger.warning_once(
+            "config.json has thoughts and does not name their method: ponderlm2 is taken. If it is "
+            "another one, all numbers are wrong: write it there as `method`."
+        )
     settings = {}
     for name, default in SETTINGS.items():
         old = keys.pop(OLD_NAMES[name], default) if name in OLD_NAMES else default
