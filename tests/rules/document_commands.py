@@ -41,7 +41,7 @@ TINY = {
     "tools/evaluate.py": "--max-tokens 200",
     "tools/benchmark.py train": f"{TINY_MODEL} --rounds 1 --steps 1 --warmup-steps 1",
     "tools/benchmark.py curves": f"{TINY_MODEL} --rounds 1 --variables thoughts --k-values 0 1",
-    "tools/benchmark.py generate": f"{TINY_MODEL} --prompt-tokens 8 --new-tokens 2 --rounds 1",
+    "tools/benchmark.py generate": f"{TINY_MODEL} --prompt-tokens 8 --new-tokens 4 --rounds 1",
     "tools/benchmark.py preprocess": "--max-bytes 20000 --vocab-size 320 --rounds 1 --workers 1",
     "megatron_ponder.pretrain": f"{TINY_MODEL} --train-iters 2 --global-batch-size 2 --eval-iters 1"
     " --num-workers 0 --kernels torch",
@@ -103,6 +103,8 @@ def tiny(command: str) -> str | None:
     flags = TINY.get(name, "")
     if any(config in command for config in _OWN_SHAPE):
         flags = flags.replace(TINY_MODEL, "--seq-length 64")
+    if name == "tools/benchmark.py curves" and "--preset" not in command:
+        flags = flags.replace(TINY_MODEL, "")  # without settings it takes a small model of its own
     command, arrow, output = command.partition(" > ")
     command = re.sub(r"--nproc-per-node \d+", "--standalone --nproc-per-node 2", command)
     command = re.sub(r"--stride \d+", "--stride 16", command)
