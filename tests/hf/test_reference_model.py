@@ -7,6 +7,7 @@ exported files. Here for what no golden case has: GPT-2, mixtures in thoughts, a
 import pytest
 import torch
 
+from megatron_ponder.convert.exported_code import architecture_of
 from tests.golden.cases import load_case
 from tests.hf.exports import METHODS, WEIGHTS, build, random_ids
 from tests.hf.reference import (
@@ -42,7 +43,7 @@ def violations(exported, reference):
     if (difference := largest_difference(output.loss, loss)) > LOSS_ABSOLUTE:
         found.append(f"loss: {difference:.2e}")
     gradients = {name: p.grad for name, p in exported.named_parameters()}
-    gradients = by_stock_name(exported.config.model_type, gradients)
+    gradients = by_stock_name(architecture_of(exported.config.model_type), gradients)
     for name, parameter in reference.named_parameters():
         scale = max(float(parameter.grad.abs().max()), 1e-5)
         difference = largest_difference(gradients[name], parameter.grad)
