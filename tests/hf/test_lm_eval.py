@@ -105,6 +105,17 @@ def log_likelihoods(model, tokenizer, text, context="<end>"):
     return log_probabilities.gather(1, ids[0, 1:, None])[num_context - 1 :, 0]
 
 
+def test_harness_refuses_the_folder_without_its_code(exported, tasks):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        lm_eval.simple_evaluate(
+            model="hf",
+            model_args=f"pretrained={exported}",
+            tasks=["local_choice"],
+            task_manager=task_manager.TaskManager(include_path=str(tasks), include_defaults=False),
+            device="cpu",
+        )
+
+
 @pytest.mark.parametrize(("k", "r"), [(2, 2), (2, 6), (1, 3)])
 def test_harness_scores_the_training_path(exported, tasks, k, r):
     arguments = f"num_latent_thoughts={k},num_jacobi_iterations={r}"

@@ -102,3 +102,22 @@ def test_what_describes_a_tokenizer_is_kept(tmp_path: Path) -> None:
     assert {key: kept[key] for key in stated} == stated
     source, copy = (folder / "tokenizer.json" for folder in (path, tmp_path / "exported"))
     assert source.read_bytes() == copy.read_bytes()
+
+
+def test_a_tokenizer_saved_by_transformers_5_is_read_by_4(tmp_path: Path) -> None:
+    """Version 4 knows neither the class nor a list of extra special tokens."""
+    saved = {
+        "backend": "tokenizers",
+        "eos_token": END,
+        "extra_special_tokens": [OTHER],
+        "tokenizer_class": "TokenizersBackend",
+    }
+    source, target = write(tmp_path / "source", content(), saved), tmp_path / "target"
+    target.mkdir()
+    data = DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(source))
+    write_tokenizer(data, build_tokenizer(data), target)
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == [OTHER]
+    assert "extra_special_tokens" not in config
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
