@@ -101,15 +101,15 @@ def resolve_for_inference(config: ResolvedConfig, *, num_ranks: int) -> Resolved
 
 
 def restore(stored: RunConfig) -> ResolvedConfig:
-    """A config that was resolved before it was stored. It is not checked again.
+    """A config that was resolved before it was stored; only single values are checked again.
 
     Imports by earlier versions left what depends on ranks and length of a run open; it is derived
     for one rank.
 
     Raises:
-        ConfigError: the size of the vocabulary is missing.
+        ConfigError: the size of the vocabulary is missing, or a value is out of its range.
     """
-    _raise_if_any(*_missing_vocabulary(stored.model, None))
+    _raise_if_any(*_sizes(stored), *_ranges(stored), *_missing_vocabulary(stored.model, None))
     return _derive(stored, 1, None)
 
 

@@ -76,7 +76,10 @@ def build_datasets(
         _check_splits(data, num_samples, sizes)
     for prefix in () if data.instruction_data else sizes:
         _warn_of_unended(prefix, tokenizer.eod)
-    return _build(config, tokenizer, blends, sizes, num_samples)
+    built = _build(config, tokenizer, blends, sizes, num_samples)
+    if num_samples[Split.valid.value] and built[Split.valid.value] is None:
+        logger.info("no validation: --split or the paths given leave no data for it")
+    return built
 
 
 def build_validation_sets(

@@ -105,6 +105,14 @@ def test_a_file_that_cannot_be_used_is_named(
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("setting", ["tensor_model_parallel_size: 0", "lr_warmup_fraction: .nan"])
+def test_a_value_out_of_its_range_is_refused(setting: str, tmp_path: Path) -> None:
+    write_configs(tmp_path, small_config())
+    (tmp_path / storage.RESOLVED_CONFIG_FILE).write_text(f"vocab_size: 9\n{setting}\n")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*\n.*must be"):
+        read_config(tmp_path)
+
+
 @pytest.mark.slow
 def test_damaged_configs_are_read_or_refused(tmp_path: Path) -> None:
     write_configs(tmp_path, small_config())
