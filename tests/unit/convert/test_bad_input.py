@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterator
@@ -193,9 +194,10 @@ BAD_FOLDERS: dict[Callable[[Path], None], str] = {
 def import_bad_folders(folder: Path) -> dict[str, tuple[int, str, list[str]]]:
     """By name of the damage: exit code, what was printed, and what is left beside the source."""
     found = {}
+    write_stock_model("llama", folder / "whole", max_shard_size="100KB")
     for damage in BAD_FOLDERS:
         here = folder / damage.__name__
-        write_stock_model("llama", here / "source", max_shard_size="100KB")
+        shutil.copytree(folder / "whole", here / "source")
         damage(here / "source")
         code, printed = convert(
             "import", "--hf-path", str(here / "source"), "--save", str(here / "result")
