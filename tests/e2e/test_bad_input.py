@@ -41,7 +41,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "{tokenizer}"},
         ["vocabulary of 320 is larger than the model's --vocab-size 64"],
     ),
-    "ids beyond the vocabulary": ({"vocab_size": 40}, ["token ids from", "ends at 39"]),
+    "ids beyond the vocabulary": (
+        {"vocab_size": 40, "override_data": True},
+        ["token ids from", "ends at 39"],
+    ),
+    "data of another tokenizer": ({"vocab_size": 40}, ["vocab size 64", "vocab size 40"]),
     "learned positions": (
         {"position_embedding_type": "learned_absolute", "max_position_embeddings": 16},
         ["--seq-length 32: longer than the 16 learned positions"],

@@ -173,7 +173,7 @@ BAD_INPUT = [
     (["curves", "--variables", "speed"], "variables"),
     (["curves", *CURVES, "--ranks", "3"], "--variables pipeline, 3"),
     (["curves", "--random-jacobi-iterations"], "--no-random-jacobi-iterations"),
-    (["preprocess", "--num-layers", "2"], "not among the flags"),
+    (["preprocess", "--num-layers", "2"], "--num-layers: no such flag"),
     (["preprocess", "--workers", "0"], "--workers: every number must be at least 1"),
     (["generate", "--new-tokens", "2"], "--recomputed-tokens 4: must be at most --new-tokens 2"),
     (
@@ -223,6 +223,7 @@ def test_generate() -> None:
     assert result["config"]["hidden_size"] == 32 and result["rounds"] == 2
 
 
+@pytest.mark.slow
 def test_gpu_report_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step on the CPU, then the same again, and the plan."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -53,8 +53,16 @@ def test_greedy_is_sequential_recomputation(architecture):
     assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("side", ["left", "right"])
+PADDED = [
+    *((architecture, "right") for architecture in ARCHITECTURES),
+    *(
+        pytest.param(name, "left", marks=() if name in ("llama", "gpt2") else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ),
+]
+
+
+@pytest.mark.parametrize(("architecture", "side"), PADDED)
 def test_a_padded_batch_is_each_row_alone(architecture, side, method):
     model = build(architecture, **METHODS[method])
     ids, mask = padded(PROMPTS, side, extra=1)

@@ -7,6 +7,7 @@ part of the matrix that has every layout and every model in it, `make test-all` 
 
 import pytest
 
+from megatron_ponder.config.schema import RunConfig
 from tests.parity.layouts import (
     DIST_OPT,
     LAYOUTS,
@@ -14,6 +15,7 @@ from tests.parity.layouts import (
     NUM_STEPS,
     PP2,
     RECOMPUTE,
+    TIMEOUT_S,
     VP2,
     Layout,
     batch,
@@ -112,58 +114,62 @@ def test_whole_matrix(name, recompute, checkpoints, single_process):
     assert_equal(measured, single_process, f"{name}, recompute {recompute}")
 
 
-FAULTS_BY_LAYOUT = {
-    "DP2": ["shifted label", "position per slot", "skipped norm", "loss at first stage"],
-    "TP2": ["unscaled embedding", "one pass short"],
-    "TP2 + SP": ["norm gradients not summed"],
-    "PP2": ["carry of another micro-batch"],
-    "CP2": ["shards taken as contiguous", "keys of the own shard only"],
+OF_THOUGHTS = ("llama k2", "gpt2 k2")
+FAULTS = {
+    "DP2": {
+        OF_THOUGHTS: [
+            *("shifted label", "position per slot", "skipped norm", "loss at first stage"),
+        ]
+    },
+    "TP2": {
+        OF_THOUGHTS: ["unscaled embedding", "one pass short"],
+        ("llama ponderlm",): ["mixture of the own shard"],
+        ("qwen3 k1",): ["head norm gradients not summed"],
+    },
+    "TP2 + SP": {
+        OF_THOUGHTS: ["norm gradients not summed"],
+        ("neox ponderlm of 5",): ["unscaled mixture"],
+        ("llama pause",): ["unscaled pause"],
+    },
+    "PP2": {
+        OF_THOUGHTS: ["carry of another micro-batch"],
+        ("gpt2 k2",): ["tied gradients not summed"],
+        ("llama mixtures",): ["replicated gradients not summed"],
+        ("gpt2 ponderlm",): ["mixture without gradient to embeddings"],
+        ("llama ponderlm accumulating",): ["lost input", "carry of another micro-batch"],
+    },
+    "CP2": {
+        OF_THOUGHTS: ["shards taken as contiguous", "keys of the own shard only"],
+        ("gpt2 loop",): ["positions in every loop", "norm in every loop"],
+    },
 }
-FAULTS_OF_TIED_EMBEDDINGS = {"PP2": ["tied gradients not summed"]}
+"""Of each layout: models, and what the comparison must catch on each of them."""
 
 
-def measure_faults(config, faults: list[str], folder: str) -> dict[str, Measured]:
-    """Measure one model once per planted fault (inside a rank)."""
-    return {fault: measure(config, folder, batch(), NUM_STEPS, fault) for fault in faults}
+def measure_faults(runs: list[tuple[str, RunConfig, str]], folder: str) -> list[Measured]:
+    """Measure a model per planted fault (inside a rank)."""
+    return [
+        measure(config, f"{folder}/{model}", batch(), NUM_STEPS, fault)
+        for model, config, fault in runs
+    ]
 
 
-@pytest.mark.parametrize("name", FAULTS_BY_LAYOUT)
-@pytest.mark.parametrize("model", ["llama k2", "gpt2 k2"])
-def test_planted_faults_are_caught(name, model, checkpoints, single_process):
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_caught(name, checkpoints, single_process):
     """The comparison above has teeth."""
     layout = LAYOUTS[name]
-    config = config_of(model, layout.settings, layout.world_size)
-    faults = FAULTS_BY_LAYOUT[name]
-    if not config.model.untie_embeddings_and_output_weights:
-        faults = faults + FAULTS_OF_TIED_EMBEDDINGS.get(name, [])
-    measured = run_ranks(
-        measure_faults, layout.world_size, config, faults, f"{checkpoints}/{model}"
-    )[0]
-    missed = [fault for fault in faults if not violations(measured[fault], single_process[model])]
-    assert not missed, f"not caught: {missed}"
-
-
-FAULTS_BY_METHOD = {
-    ("TP2", "llama ponderlm"): ["mixture of the own shard"],
-    ("TP2 + SP", "neox ponderlm of 5"): ["unscaled mixture"],
-    ("TP2 + SP", "llama pause"): ["unscaled pause"],
-    ("TP2", "qwen3 k1"): ["head norm gradients not summed"],
-    ("PP2", "llama mixtures"): ["replicated gradients not summed"],
-    ("PP2", "gpt2 ponderlm"): ["mixture without gradient to embeddings"],
-    ("PP2", "llama ponderlm accumulating"): ["lost input", "carry of another micro-batch"],
-    ("CP2", "gpt2 loop"): ["positions in every loop", "norm in every loop"],
-}
-
-
-@pytest.mark.parametrize(("layout", "model"), FAULTS_BY_METHOD)
-def test_planted_faults_of_methods_are_caught(layout, model, checkpoints, single_process):
-    """So has that of the other methods."""
-    chosen, faults = LAYOUTS[layout], FAULTS_BY_METHOD[layout, model]
-    config = config_of(model, chosen.settings, chosen.world_size)
-    measured = run_ranks(
-        measure_faults, chosen.world_size, config, faults, f"{checkpoints}/{model}"
-    )[0]
-    missed = [fault for fault in faults if not violations(measured[fault], single_process[model])]
+    runs = [
+        (model, config_of(model, layout.settings, layout.world_size), fault)
+        for models, faults in FAULTS[name].items()
+        for model in models
+        for fault in faults
+    ]
+    measured = run_ranks(measure_faults, layout.world_size, runs, checkpoints, timeout_s=TIMEOUT_S)
+    missed = [
+        f"{model}: {fault}"
+        for (model, _, fault), numbers in zip(runs, measured[0], strict=True)
+        if not violations(numbers, single_process[model])
+    ]
     assert not missed, f"not caught: {missed}"
 
 

@@ -19,6 +19,7 @@ from tests.parity.layouts import (
     DIST_OPT,
     GLOBAL_BATCH_SIZE,
     NUM_STEPS,
+    PAIRS,
     PP2,
     SEQ_LENGTH,
     SP,
@@ -111,10 +112,10 @@ def test_shards_with_unequal_numbers_of_tokens(checkpoints):
     mask[1] = 0
     mask[3, 12:] = 0
     layouts = {
-        "CP2": Layout(2, CP2),
+        "CP2": Layout(2, CP2 | PAIRS),
         "DP2": Layout(2, {}),
         "PP2 x CP2": Layout(4, PP2 | CP2),
-        "TP2 + SP x CP2": Layout(4, TP2 | SP | CP2),
+        "TP2 + SP x CP2": Layout(4, TP2 | SP | CP2 | PAIRS),
     }
     assert_layouts_equal("llama k1", {}, layouts, checkpoints, loss_mask=mask)
 

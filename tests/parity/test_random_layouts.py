@@ -149,8 +149,8 @@ UNHURRIED = settings(
 
 
 @given(runs())
-@settings(UNHURRIED, max_examples=2)
-def test_a_few_random_layouts(run):
+@settings(UNHURRIED, max_examples=1)
+def test_a_random_layout(run):
     check(*run)
 
 

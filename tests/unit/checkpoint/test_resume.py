@@ -121,7 +121,7 @@ def test_the_stored_settings_let_a_run_become_longer(tmp_path: Path) -> None:
         pytest.param("tp2", "one", marks=SLOW),
         pytest.param("dp2 dist", "one", marks=SLOW),
         ("dp2 dist", "tp2 dp2 dist"),
-        ("dp2 bf16 dist", "one bf16"),
+        pytest.param("dp2 bf16 dist", "one bf16", marks=SLOW),
         pytest.param("one bf16", "dp2 bf16 dist", marks=SLOW),
         ("one", "pp2 vp2 dp2 dist"),
         ("pp2 vp2 dp2 dist", "tp2 sp pp2"),
@@ -140,7 +140,7 @@ def test_another_layout_goes_on(before: str, after: str, tmp_path: Path) -> None
     [
         ("one", "pp2 vp2 dp2 dist"),
         pytest.param("pp2", "cp2 dist", marks=SLOW),
-        ("tp2 sp pp2", "one"),
+        pytest.param("tp2 sp pp2", "one", marks=SLOW),
     ],
 )
 def test_tied_embeddings_go_on(before: str, after: str, tmp_path: Path) -> None:

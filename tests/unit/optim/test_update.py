@@ -21,7 +21,7 @@ pytestmark = pytest.mark.thorough
 
 TIED = {"untie_embeddings_and_output_weights": False}
 DISTRIBUTED = {"use_distributed_optimizer": True}
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "fp32": (1, {}),
