@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tests.ranks import FORK
+from tests.ranks import FORK, be_like_a_fresh_process
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 180
@@ -135,7 +135,7 @@ def _main(words: list[str], folder: str, cwd: str, environment: dict[str, str]) 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    be_like_a_fresh_process()
     try:
         if words[0] == "-m":
             sys.argv = words[1:]

@@ -101,7 +101,7 @@ def _rank_main(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
     )
-    torch.set_num_threads(1)
+    be_like_a_fresh_process()
     with open(Path(folder, f"stack{rank}.txt"), "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         try:
@@ -116,6 +116,16 @@ def _rank_main(
             Path(folder, f"error{rank}.txt").write_text(traceback.format_exc())
             # Not os._exit: processes that megatron-core's checkpoint writer left must end with us.
             sys.exit(1)
+
+
+def be_like_a_fresh_process() -> None:
+    """Undo what a forked process inherits from its server: threads, and how it starts others.
+
+    Loader workers would be started by a forkserver of their own, which imports for seconds.
+    """
+    torch.set_num_threads(1)
+    platforms_default = multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method(platforms_default, force=True)
 
 
 def _stop(ranks: list, grace_s: float) -> None:
