@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 
 # Processes that run tests, each with 1-2 GiB and at times eight ranks of its own.
 WORKERS ?= 2
-# In the order of the tree: files of many small tests come last and keep all workers busy to the end.
+# Not reordered by the number of tests in a file: tests/conftest.py puts the long ones first.
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

@@ -19,6 +19,11 @@ import pytest  # noqa: E402
 from tests.unit.data import corpora  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put short tests last, where they keep all workers busy to the end."""
+    items.sort(key=lambda item: "unit" in item.path.parts and "thorough" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return corpora.train_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -115,6 +115,7 @@ def test_flags_under_torchrun_are_told_once(argument: str, expected: str, folder
     assert len(re.findall(r"^ConfigError: |Unrecognized options: ", output, re.M)) == 1, output
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_fit_under_torchrun(folder: Path) -> None:
     """Raised by every rank, after torch is there."""
     process = start_torchrun(
