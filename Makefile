@@ -36,7 +36,7 @@ quickstart: $(STAMP) ## pretrain and compare two small models (7 minutes on 2 co
 test-fast: $(STAMP) ## unit tests without ranks, for the work in between (90 seconds on 2 cores)
 	$(PYTEST) -m "not slow and not thorough" tests/rules tests/unit
 
-test: $(STAMP) ## the tests that need no GPU (13 minutes on 2 cores; WORKERS=2)
+test: $(STAMP) ## the tests that need no GPU (10 minutes on 2 cores; WORKERS=2)
 	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP) ## all tests

@@ -148,12 +148,6 @@ UNHURRIED = settings(
 )
 
 
-@given(runs())
-@settings(UNHURRIED, max_examples=1)
-def test_a_random_layout(run):
-    check(*run)
-
-
 @pytest.mark.slow
 @given(runs())
 @settings(UNHURRIED, max_examples=50)

@@ -16,7 +16,7 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_this_pythons_library(tmp_path: Path) -> None:
     train, held_out = tmp_path / "a" / "train.jsonl", tmp_path / "a" / "held_out.jsonl"
     sizes = write_corpus(train, held_out, LIBRARY)
